@@ -1,0 +1,212 @@
+"""The frozen records that stages hand on. Paths and digests travel between stages, models never do.
+
+Every record is versioned JSON through pydantic: `record.model_dump(mode="json")` and `Record.model_validate(...)`.
+`RunRecord` is the public `run.json`; its schema is published in docs/reference/run.schema.json.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+RUN_SCHEMA_VERSION = 1
+
+VerdictStatus = Literal["pass", "fail", "inconclusive", "base", "error"]
+RunStatus = Literal["passed", "partial", "inconclusive", "nothing-passed", "nothing-cheaper", "failed", "running"]
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class Checkpoint(Record):
+    """A folder of weights on disk."""
+
+    path: str
+    digest: str = Field(description="sha256 over the names and contents of the files in the folder")
+    bytes: int = Field(description="size on disk of the weight files")
+    weight_bytes: int = Field(description="bytes of the tensors themselves, without any file's header")
+    format: str = Field(description="`safetensors`, or `compressed-tensors` for quantized integers")
+    dtype: str = Field(description="dtype of what is not quantized, such as `bfloat16`")
+    parameters: int
+    origin: str = Field(description="the URI it came from, or the steps that made it from the base")
+
+
+class Parity(Record):
+    """How far an exported candidate is from the checkpoint that it was exported from."""
+
+    kl_mean: float = Field(description="nats per token, checkpoint in transformers against the exported file")
+    top1_agreement: float
+    tokens: int
+    tolerance: float
+    quantized_tensors: int = Field(description="tensors quantized in the exported file")
+
+
+class Candidate(Record):
+    """One variant exported for one runtime: what would really be served."""
+
+    id: str = Field(description="`<variant>@<runtime>`; the base's variant is `base`")
+    variant: str
+    runtime: str
+    checkpoint: Checkpoint
+    path: str
+    digest: str
+    bytes: int = Field(description="size on disk of the weight files that this runtime loads")
+    weight_bytes: int
+    dtype: str = Field(description="dtype that activations are computed in")
+    parity: Parity | None = Field(None, description="None where the runtime loads the checkpoint as it is")
+
+
+class MetricValue(Record):
+    """One metric of one candidate. `delta` is value − base, paired over the same samples where there are samples."""
+
+    value: float
+    stderr: float | None = None
+    n: int
+    base: float | None = None
+    delta: float | None = None
+    delta_stderr: float | None = None
+    higher_is_better: bool
+
+
+class QualityReport(Record):
+    candidate: str
+    metrics: dict[str, MetricValue] = Field(description="`kl_mean`, `top1_agreement`, …, and `<task>/<metric>`")
+    samples_path: str = Field(description="JSONL, one line a sample: task, doc_id, doc_hash, scores")
+    samples_digest: str
+    tokens_scored: int
+    seconds: float
+
+
+class Percentiles(Record):
+    p50: float
+    p95: float
+
+
+class Interval(Record):
+    """A 95% confidence interval and the point estimate in it."""
+
+    value: float
+    low: float
+    high: float
+
+
+class CostPoint(Record):
+    """What one candidate costs at one concurrency."""
+
+    concurrency: int
+    input_tokens: int = Field(description="prompt tokens of each request")
+    output_tokens: int = Field(description="generated tokens of each request")
+    rounds: int
+    output_tokens_per_second: float
+    total_tokens_per_second: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    slo_met: bool | None = Field(None, description="None where the recipe states no SLO")
+    usd_per_1m_tokens: float = Field(description="per million input + output tokens at the workload's mix")
+    usd_per_1m_output_tokens: float
+    saving: Interval | None = Field(None, description="1 − cost / cost of the cheapest base candidate, paired by round")
+    saving_against: str | None = None
+
+
+class CostReport(Record):
+    candidate: str
+    usd_per_hour: float
+    points: list[CostPoint]
+    peak_memory_bytes: int | None = None
+
+
+class Price(Record):
+    """What an hour of a machine costs, and where that is written."""
+
+    name: str
+    purchase: str
+    usd_per_hour: float
+    source: str
+    date: str
+
+
+class BenchmarkReport(Record):
+    """All candidates' costs, measured in turn in one session on one machine."""
+
+    reports: dict[str, CostReport]
+    failures: dict[str, str] = Field(default_factory=dict, description="candidate id → why it could not be measured")
+    price: Price
+    order: str = Field(description="how the candidates took turns")
+    seconds: float
+    measured_at: str
+    machine: dict[str, Any]
+
+
+class Verdict(Record):
+    status: VerdictStatus
+    reasons: list[str]
+
+
+class Registered(Record):
+    model: str
+    version: str
+    alias: str
+    uri: str
+
+
+class Tracking(Record):
+    uri: str
+    run_id: str
+    experiment: str
+
+
+class CandidateResult(Record):
+    """One line of the outcome: a candidate with all that is known of it."""
+
+    id: str
+    variant: str
+    runtime: str
+    checkpoint: Checkpoint | None
+    candidate: Candidate | None
+    quality: QualityReport | None
+    cost: CostReport | None
+    verdict: Verdict
+
+
+class StageTime(Record):
+    """Where the time of a run went. `seconds` is wall time; `library_seconds` the part spent in other people's code."""
+
+    stage: str
+    subject: str
+    seconds: float
+    library_seconds: float
+    reused: bool = Field(description="the result was in the store already")
+    peak_memory_bytes: int | None = None
+    error: str | None = None
+
+
+class RecipeRef(Record):
+    path: str
+    digest: str
+    resolved: dict[str, Any] = Field(description="the recipe with all defaults, and all that it named embedded")
+
+
+class RunRecord(Record):
+    """`run.json`: the public record of one run."""
+
+    schema_version: int = RUN_SCHEMA_VERSION
+    name: str
+    run_dir: str
+    started_at: str
+    recipe: RecipeRef
+    environment: dict[str, Any]
+    status: RunStatus
+    base: str | None = Field(None, description="the cheapest base candidate at `decide_at`")
+    winner: str | None = None
+    registered: Registered | None = None
+    tracking: Tracking | None = None
+    tracking_error: str | None = None
+    seconds: float = 0.0
+    candidates: list[CandidateResult] = []
+    stages: list[StageTime] = []
+    price: Price | None = None
+    notes: list[str] = Field([], description="what a reader must know to read the numbers rightly")

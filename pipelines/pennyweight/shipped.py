@@ -1,0 +1,66 @@
+"""What comes with Pennyweight: recipes, suites, tasks, data pins and prices.
+
+In a wheel they lie in `pennyweight/shipped`; in a checkout, `recipes/` and `evals/` at its top level.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PACKAGE = Path(__file__).parent
+
+
+@cache
+def root() -> Path:
+    """The folder that holds `recipes/` and `evals/`."""
+    inside = _PACKAGE / "shipped"
+    return inside if inside.is_dir() else _PACKAGE.parents[1]
+
+
+def recipe_path(name: str | Path) -> Path:
+    """A recipe's file: a path as it is, else the shipped recipe of that name."""
+    path = Path(name)
+    shipped = root() / "recipes" / f"{path.name.removesuffix('.yaml')}.yaml"
+    return shipped if not path.exists() and shipped.is_file() else path
+
+
+def recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((root() / "recipes").glob("*.yaml"))}
+
+
+def suites() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((root() / "evals" / "suites").glob("*.yaml"))}
+
+
+@cache
+def tasks() -> dict[str, dict[str, Any]]:
+    """lm-eval task configs by name. `metadata.data` names the data set that a task reads."""
+    loaded = (_load(path) for path in sorted((root() / "evals" / "tasks").glob("*.yaml")))
+    return {task["task"]: task for task in loaded}
+
+
+@cache
+def sources() -> dict[str, dict[str, Any]]:
+    """Data sets by name, pinned by digest."""
+    return _load(root() / "evals" / "sources.yaml")
+
+
+@cache
+def prices() -> dict[str, dict[str, Any]]:
+    """The price sheet: `PROVIDER/INSTANCE` on demand, and with `:spot` behind it on the spot market."""
+    sheet = _load(_PACKAGE / "benchmark" / "prices.yaml")
+    named: dict[str, dict[str, Any]] = {}
+    for name, entry in sheet["prices"].items():
+        facts = {"source": entry.get("source", sheet["source"]), "date": str(entry.get("date", sheet["date"]))}
+        named[name] = {"usd_per_hour": entry["on_demand"], "purchase": "on demand", **facts}
+        if "spot" in entry:
+            named[f"{name}:spot"] = {"usd_per_hour": entry["spot"], "purchase": "spot", **facts}
+    return named
+
+
+def _load(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())

@@ -1,0 +1,195 @@
+"""Content-addressed results of stages: resume, reuse, garbage collection.
+
+A stage's result is keyed by its inputs' digests, its settings and the versions that matter. It is built under a
+temporary name and renamed when complete, so a reader never sees half a result and a killed run loses one stage at most.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pennyweight.errors import StoreError
+
+RECORD = "record.json"
+_READ_CHUNK = 1 << 20
+
+
+def default_root() -> Path:
+    """`$PENNYWEIGHT_HOME`, else a folder of ours in the user's cache folder."""
+    if home := os.environ.get("PENNYWEIGHT_HOME"):
+        return Path(home).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "pennyweight"
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling for one value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON value's canonical spelling, in hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over the relative names and contents of all files below `folder`, in hex."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest_of([[path.relative_to(folder).as_posix(), file_digest(path)] for path in files])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One complete result in the store."""
+
+    stage: str
+    key: str
+    folder: Path
+    record: dict[str, Any]
+    reused: bool
+
+    @property
+    def files(self) -> Path:
+        return self.folder / "files"
+
+
+class Store:
+    """Results under `root/<stage>/<key>/`: `record.json` and `files/`."""
+
+    def __init__(self, root: Path | None = None):
+        self.root = root or default_root()
+
+    def check_writable(self) -> None:
+        """Raise StoreError when nothing can be written below the root."""
+        probe = self.root / "tmp" / f"probe-{os.getpid()}"
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be written: {error.strerror}",
+                "make it writable, or name another folder in PENNYWEIGHT_HOME",
+            ) from error
+
+    def find(self, stage: str, inputs: dict[str, Any]) -> Entry | None:
+        """The result for these inputs, or None. A result whose record cannot be read counts as none."""
+        return self._read(stage, digest_of(inputs))
+
+    def get_or_build(self, stage: str, inputs: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> Entry:
+        """The result of `stage` for `inputs`, built by `build(files_folder) -> record` where there is none yet.
+
+        Two processes that build the same result both do the work; the first to finish is kept. Raises StoreError when
+        the disk is full or the store is read-only.
+        """
+        key = digest_of(inputs)
+        if found := self._read(stage, key):
+            return found
+        temporary = self.root / "tmp" / f"{stage}-{key[:16]}-{os.getpid()}"
+        final = self.root / stage / key
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "files").mkdir(parents=True)
+            record = build(temporary / "files")
+            body = {"stage": stage, "inputs": inputs, "created": time.time(), "record": record}
+            (temporary / RECORD).write_text(json.dumps(body, indent=1, sort_keys=True))
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _move_into_place(temporary, final)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise _explain(error, self.root) from error
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return Entry(stage, key, final, record, reused=False)
+
+    def entries(self) -> Iterator[tuple[str, str, Path, float, int]]:
+        """(stage, key, folder, created, bytes) of every complete result."""
+        for record_path in sorted(self.root.glob(f"*/*/{RECORD}")):
+            folder = record_path.parent
+            if folder.parent.name == "tmp":
+                continue
+            yield folder.parent.name, folder.name, folder, record_path.stat().st_mtime, folder_bytes(folder)
+
+    def collect_garbage(self, older_than_days: float) -> tuple[int, int]:
+        """Remove results not used for that many days and what killed runs left behind. Returns (removed, bytes freed)."""
+        removed = freed = 0
+        cutoff = time.time() - older_than_days * 86400
+        stale = [folder for _, _, folder, used, _ in self.entries() if used < cutoff]
+        stale += [path for path in (self.root / "tmp").glob("*-*-*") if not _alive(path)]
+        for folder in stale:
+            freed += folder_bytes(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += 1
+        return removed, freed
+
+    def _read(self, stage: str, key: str) -> Entry | None:
+        folder = self.root / stage / key
+        try:
+            body = json.loads((folder / RECORD).read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+        try:
+            os.utime(folder / RECORD)  # garbage collection goes by last use
+        except OSError:
+            pass
+        return Entry(stage, key, folder, body["record"], reused=True)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    try:
+        temporary.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if (final / RECORD).exists():  # another process finished the same work first
+            shutil.rmtree(temporary)
+        else:
+            shutil.rmtree(final)
+            temporary.rename(final)
+
+
+def _alive(temporary: Path) -> bool:
+    pid = temporary.name.rsplit("-", 1)[-1]
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _explain(error: OSError, root: Path) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"no space left on the disk that holds the store {root}",
+            "free some, or `pennyweight store gc`, or name a folder on another disk in PENNYWEIGHT_HOME; "
+            "finished stages are kept, so run the same command again",
+        )
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StoreError(
+            f"the store {root} cannot be written: {error.strerror}",
+            "make it writable, or name another folder in PENNYWEIGHT_HOME",
+        )
+    return StoreError(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
