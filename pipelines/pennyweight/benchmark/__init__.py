@@ -1,0 +1,201 @@
+"""All candidates → what a token costs on each: one stage over the whole set, in turn, in one session, on one machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from pennyweight import machine, runtimes
+from pennyweight.benchmark import cost
+from pennyweight.recipe import Benchmark
+from pennyweight.records import BenchmarkReport, Candidate, CostPoint, CostReport, Percentiles, Price
+from pennyweight.runtimes import Generation, Session
+
+VERSION = 1
+#: A result older than this is measured again: machines change, and so do their neighbours.
+MAX_AGE_DAYS = 7
+#: Of the memory that is free, how much all candidates together may take to stay loaded between their turns.
+RESIDENT_SHARE = 0.5
+#: Loaded size over size on disk: both engines of a runtime, activations and caches.
+LOADED_OVER_DISK = 3.0
+ORDER = "every candidate once a round; the order is reversed from round to round"
+
+
+@dataclass
+class Wave:
+    """One candidate's turn at one concurrency."""
+
+    round: int
+    ttft: float
+    steps: list[float]
+
+    @property
+    def seconds(self) -> float:
+        return self.ttft + sum(self.steps)
+
+
+@dataclass
+class Measurements:
+    """Waves by (candidate id, concurrency)."""
+
+    waves: dict[tuple[str, int], list[Wave]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def run_benchmark(
+    candidates: list[Candidate], settings: Benchmark, prompts: Callable[[int, int], np.ndarray], device: str,
+    progress: Callable[[str, float], None],
+) -> BenchmarkReport:  # fmt: skip
+    """Measure all candidates in turn.
+
+    `prompts(requests, tokens)` gives real text as token ids, int64 (requests, tokens). `progress` is told what runs and
+    which fraction is done. A candidate that fails is reported in `failures`; the others go on.
+    """
+    begin = time.perf_counter()
+    measured = _measure(candidates, settings, prompts, device, progress)
+    return BenchmarkReport(
+        reports=_reports(candidates, settings, measured),
+        failures=measured.failures,
+        price=price_of(settings),
+        order=ORDER,
+        seconds=time.perf_counter() - begin,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine.fingerprint(),
+    )
+
+
+def price_of(settings: Benchmark) -> Price:
+    return Price(**settings.price.model_dump())
+
+
+def rounds_at(settings: Benchmark, concurrency: int) -> int:
+    return settings.decide_rounds if concurrency == settings.decide_at else settings.rounds
+
+
+def turns(settings: Benchmark, ids: list[str]) -> Iterator[tuple[int, int, str]]:
+    """(concurrency, round, candidate id), in the order that they run in; round −1 warms up."""
+    for concurrency in settings.concurrency:
+        for number in range(-1, rounds_at(settings, concurrency)):
+            for name in ids if number % 2 else reversed(ids):
+                yield concurrency, number, name
+
+
+def _measure(
+    candidates: list[Candidate], settings: Benchmark, prompts: Callable[[int, int], np.ndarray], device: str,
+    progress: Callable[[str, float], None],
+) -> Measurements:  # fmt: skip
+    measured = Measurements()
+    shape = settings.workload
+    plan = list(turns(settings, [candidate.id for candidate in candidates]))
+    total = sum(concurrency for concurrency, _, _ in plan)
+    done = 0
+    with ExitStack() as stack:
+        sessions = _Sessions(candidates, device, stack)
+        for concurrency, number, name in plan:
+            progress(f"{name} at {concurrency}", done / total)
+            done += concurrency
+            if name in measured.failures:
+                continue
+            try:
+                if number < 0:
+                    sessions.get(name).generate(prompts(concurrency, min(16, shape.input_tokens)), 2)
+                    continue
+                ids = prompts(concurrency, shape.input_tokens)
+                generation = sessions.get(name).generate(ids, shape.output_tokens)
+            except Exception as error:
+                measured.failures[name] = f"{type(error).__name__}: {error}"
+                continue
+            waves = measured.waves.setdefault((name, concurrency), [])
+            waves.append(_wave(number, generation))
+    return measured
+
+
+def _wave(number: int, generation: Generation) -> Wave:
+    return Wave(number, generation.ttft, generation.steps)
+
+
+class _Sessions:
+    """Candidates stay loaded between turns where memory allows it; else one at a time is."""
+
+    def __init__(self, candidates: list[Candidate], device: str, stack: ExitStack):
+        self._candidates = {candidate.id: candidate for candidate in candidates}
+        self._device = device
+        self._open: dict[str, Session] = {}
+        needed = sum(candidate.bytes for candidate in candidates) * LOADED_OVER_DISK
+        self._resident = needed < machine.free_memory(device) * RESIDENT_SHARE
+        stack.callback(self._close_all)
+
+    def get(self, name: str) -> Session:
+        if name not in self._open:
+            if not self._resident:
+                self._close_all()
+            candidate = self._candidates[name]
+            self._open[name] = runtimes.get(candidate.runtime).load(candidate, self._device)
+        return self._open[name]
+
+    def _close_all(self) -> None:
+        for session in self._open.values():
+            session.close()
+        self._open.clear()
+
+
+def _reports(candidates: list[Candidate], settings: Benchmark, measured: Measurements) -> dict[str, CostReport]:
+    complete = [candidate for candidate in candidates if candidate.id not in measured.failures]
+    bases = [candidate.id for candidate in complete if candidate.variant == "base"]
+    points: dict[str, list[CostPoint]] = {candidate.id: [] for candidate in complete}
+    for concurrency in settings.concurrency:
+        seconds = {c.id: [wave.seconds for wave in measured.waves[c.id, concurrency]] for c in complete}
+        cheapest = min(bases, key=lambda name: np.mean(seconds[name])) if bases else None
+        for candidate in complete:
+            saving = None
+            if cheapest and candidate.id != cheapest:
+                saving = cost.paired_saving(seconds[candidate.id], seconds[cheapest])
+            points[candidate.id].append(
+                _point(settings, concurrency, measured.waves[candidate.id, concurrency], saving, cheapest)
+            )
+    usd_per_hour = settings.price.usd_per_hour
+    return {name: CostReport(candidate=name, usd_per_hour=usd_per_hour, points=found) for name, found in points.items()}
+
+
+def _point(settings: Benchmark, concurrency: int, waves: list[Wave], saving: Any, cheapest: str | None) -> CostPoint:
+    shape, usd = settings.workload, settings.price.usd_per_hour
+    seconds = sum(wave.seconds for wave in waves)
+    requests = concurrency * len(waves)
+    tokens_in, tokens_out = requests * shape.input_tokens, requests * shape.output_tokens
+    ttft = _percentiles([wave.ttft for wave in waves])
+    tpot = _percentiles([sum(wave.steps) / len(wave.steps) for wave in waves])
+    return CostPoint(
+        concurrency=concurrency,
+        input_tokens=shape.input_tokens,
+        output_tokens=shape.output_tokens,
+        rounds=len(waves),
+        output_tokens_per_second=tokens_out / seconds,
+        total_tokens_per_second=(tokens_in + tokens_out) / seconds,
+        prefill_tokens_per_second=tokens_in / sum(wave.ttft for wave in waves),
+        decode_tokens_per_second=(tokens_out - requests) / sum(sum(wave.steps) for wave in waves),
+        ttft_ms=ttft,
+        tpot_ms=tpot,
+        slo_met=_slo_met(settings, ttft, tpot),
+        usd_per_1m_tokens=cost.usd_per_million(usd, tokens_in + tokens_out, seconds),
+        usd_per_1m_output_tokens=cost.usd_per_million(usd, tokens_out, seconds),
+        saving=saving,
+        saving_against=cheapest if saving else None,
+    )
+
+
+def _slo_met(settings: Benchmark, ttft: Percentiles, tpot: Percentiles) -> bool | None:
+    if settings.slo is None:
+        return None
+    limits = ((settings.slo.ttft_p95_ms, ttft.p95), (settings.slo.tpot_p95_ms, tpot.p95))
+    return all(limit is None or value <= limit for limit, value in limits)
+
+
+def _percentiles(seconds: list[float]) -> Percentiles:
+    p50, p95 = (float(value) * 1000 for value in np.percentile(seconds, [50, 95]))
+    return Percentiles(p50=p50, p95=p95)

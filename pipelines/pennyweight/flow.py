@@ -1,0 +1,277 @@
+"""The main flow, top to bottom: recipe → checkpoints → candidates → quality and cost → verdicts → winner → registry.
+
+A stage is a function of small frozen records to one small frozen record (`stages.py`). What one variant cannot do is
+recorded as that variant's error, and the others go on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pennyweight import gate, machine, stages
+from pennyweight.benchmark import price_of
+from pennyweight.errors import PennyweightError, RecipeError, StoreError
+from pennyweight.plan import Plan, make_plan
+from pennyweight.progress import Progress, duration, output_to
+from pennyweight.recipe import Recipe
+from pennyweight.records import BenchmarkReport, Candidate, CandidateResult, RecipeRef, RunRecord, Verdict
+from pennyweight.stages import Evaluated, Run
+from pennyweight.store import Store, digest_of
+
+RUN_FILE = "run.json"
+REPORT_FILE = "report.html"
+LOG_FILE = "run.log"
+
+
+def run(recipe: Recipe, recipe_path: Path, runs: Path, store: Store, say: Callable[[str], None]) -> RunRecord:
+    """Run a recipe to its record, which is also written to `runs/<name>-<time>/run.json`.
+
+    Raises RecipeError for what `plan` finds, and StoreError where nothing can be written; everything later ends in the
+    record.
+    """
+    store.check_writable()
+    plan = make_plan(recipe, store)
+    refuse_impossible(plan)
+    folder = _make_folder(runs, recipe.name)
+    with output_to(folder / LOG_FILE) as screen:
+        progress = Progress(screen)
+        current = Run(recipe, store, progress, plan, device=machine.resolve_device(recipe.device))
+        progress.begin(f"{recipe.name}: about {duration(plan.seconds)} on this machine → {folder}", plan.seconds)
+        try:
+            record = _run_stages(current, recipe_path, folder)
+        finally:
+            progress.close()
+    _point_latest(runs, folder)
+    say(where_the_time_went(record))
+    return record
+
+
+def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
+    begin = time.perf_counter()
+    recipe = current.recipe
+    record = _blank_record(recipe, recipe_path, folder)
+
+    base = stages.fetch_base(current)
+    data = stages.fetch_data(current)
+    texts = stages.make_windows(current, base, data)
+    stages.check_overlap(current, texts)
+
+    checkpoints = {"base": base}
+    candidates: dict[str, Candidate] = {}
+    evaluated: dict[str, Evaluated] = {}
+    errors: dict[str, str] = {}
+    for variant, steps in recipe.variants.items():
+        with current.forgiving(variant, errors):
+            checkpoints[variant] = stages.make_variant(current, variant, steps, base, texts)
+    for variant, runtime in recipe.candidates():
+        candidate_id = f"{variant}@{runtime}"
+        if variant in errors:
+            errors[candidate_id] = errors[variant]
+            continue
+        with current.forgiving(candidate_id, errors):
+            candidates[candidate_id] = stages.export(current, variant, runtime, checkpoints[variant], texts)
+
+    reference = stages.make_reference(current, base, data, texts)
+    for candidate_id, candidate in candidates.items():
+        with current.forgiving(candidate_id, errors):
+            evaluated[candidate_id] = stages.evaluate(current, candidate, data, texts, reference)
+    priced = [candidate for candidate in candidates.values() if candidate.id in evaluated]
+    benchmark = stages.benchmark(current, priced, texts)
+    errors |= {name: f"benchmark: {reason}" for name, reason in benchmark.failures.items()}
+
+    results = _judge(recipe, checkpoints, candidates, evaluated, benchmark, errors, reference)
+    winner = gate.choose_winner(results, recipe.benchmark.decide_at)
+    record = record.model_copy(
+        update={
+            "status": gate.run_status(results, winner),
+            "base": gate.cheapest_base(results, recipe.benchmark.decide_at),
+            "winner": winner,
+            "price": benchmark.price,
+            "candidates": results,
+            "stages": current.times,
+            "notes": _notes(recipe, benchmark),
+            "seconds": time.perf_counter() - begin,
+        }
+    )
+    write_record(record)
+    samples = {name: item.samples for name, item in evaluated.items()}
+    record = track(record, samples, current)
+    if record.tracking:
+        log_unlogged(folder.parent, recipe.name)
+    return _finish(record, current, begin)
+
+
+def track(record: RunRecord, samples: dict[str, Path], current: Run | None = None) -> RunRecord:
+    """Write the report, log the run to MLflow and register the winner. A server that fails loses nothing: the record
+    says so, and logging it again does the rest."""
+    from pennyweight import tracking
+    from pennyweight.report import write_report
+
+    folder = Path(record.run_dir)
+    write_report(record, folder / REPORT_FILE)
+    try:
+        if current is None:
+            logged, registered = tracking.log_run(record, folder, sample_paths=samples)
+        else:
+            with current.stage("track", record.name) as stage, stage.library():
+                logged, registered = tracking.log_run(record, folder, sample_paths=samples)
+    except PennyweightError as error:
+        return record.model_copy(update={"tracking_error": error.message})
+    return record.model_copy(update={"tracking": logged, "registered": registered, "tracking_error": None})
+
+
+def _finish(record: RunRecord, current: Run, begin: float) -> RunRecord:
+    from pennyweight.report import write_report
+
+    record = record.model_copy(update={"stages": current.times, "seconds": time.perf_counter() - begin})
+    write_record(record)
+    write_report(record, Path(record.run_dir) / REPORT_FILE)
+    return record
+
+
+def _judge(
+    recipe: Recipe,
+    checkpoints: dict[str, Any],
+    candidates: dict[str, Candidate],
+    evaluated: dict[str, Evaluated],
+    benchmark: BenchmarkReport,
+    errors: dict[str, str],
+    reference: stages.Reference,
+) -> list[CandidateResult]:
+    results = []
+    for variant, runtime in recipe.candidates():
+        name = f"{variant}@{runtime}"
+        measured = evaluated.get(name)
+        cost = benchmark.reports.get(name)
+        if name in errors:
+            verdict = Verdict(status="error", reasons=[errors[name]])
+        elif variant == "base":
+            verdict = Verdict(status="base", reasons=["the base's own candidate: what the others are compared with"])
+        else:
+            assert measured is not None
+            verdict = gate.judge(recipe, measured.quality, cost, measured.rows(), reference.rows())
+        results.append(
+            CandidateResult(
+                id=name,
+                variant=variant,
+                runtime=runtime,
+                checkpoint=checkpoints.get(variant),
+                candidate=candidates.get(name),
+                quality=measured.quality if measured else None,
+                cost=cost,
+                verdict=verdict,
+            )
+        )
+    return results
+
+
+def refuse_impossible(plan: Plan) -> None:
+    """Raise what `plan` found: RecipeError for faults of the recipe, StoreError where the machine is too small."""
+    recipe_faults = [problem for problem in plan.problems if problem not in plan.resource_problems]
+    if recipe_faults:
+        raise RecipeError(recipe_faults)
+    if plan.resource_problems:
+        first = plan.resource_problems[0]
+        raise StoreError(first.message, first.hint)
+
+
+def write_record(record: RunRecord) -> None:
+    """Write run.json whole or not at all."""
+    path = Path(record.run_dir) / RUN_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1) + "\n")
+    temporary.replace(path)
+
+
+def where_the_time_went(record: RunRecord) -> str:
+    """One line for each kind of stage, the longest first, and our own share of the whole."""
+    totals: dict[str, float] = {}
+    for item in record.stages:
+        totals[item.stage] = totals.get(item.stage, 0.0) + item.seconds
+    parts = [f"{stage} {duration(seconds)}" for stage, seconds in sorted(totals.items(), key=lambda pair: -pair[1])]
+    library = sum(item.library_seconds for item in record.stages)
+    own = max(record.seconds - library, 0.0)
+    share = own / record.seconds if record.seconds else 0.0
+    return f"{duration(record.seconds)}: {', '.join(parts)}; Pennyweight's own share {duration(own)} ({share:.1%})"
+
+
+def _blank_record(recipe: Recipe, recipe_path: Path, folder: Path) -> RunRecord:
+    resolved = recipe.dump()
+    return RunRecord(
+        name=recipe.name,
+        run_dir=str(folder.resolve()),
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        recipe=RecipeRef(path=str(recipe_path), digest=digest_of(resolved), resolved=resolved),
+        environment=machine.environment(),
+        status="running",
+        price=price_of(recipe.benchmark),
+    )
+
+
+def _notes(recipe: Recipe, benchmark: BenchmarkReport) -> list[str]:
+    price = benchmark.price
+    notes = [
+        f"Priced as {price.name} ({price.purchase}, ${price.usd_per_hour:g} an hour; {price.source}, {price.date}). "
+        "Speed was measured on the machine that ran this recipe, which is not that instance.",
+        "Dollars per million tokens count input and output tokens together, at the workload's mix of "
+        f"{recipe.benchmark.workload.input_tokens} in and {recipe.benchmark.workload.output_tokens} out.",
+        "Each concurrency was measured as waves: all requests start together and are batched statically.",
+    ]
+    if re.search(r"Q4_1\.gguf", recipe.base.uri):
+        notes.append(
+            "The base's linear layers were 4-bit once (Q4_1: asymmetric, blocks of 32). Asymmetric 4-bit in blocks of 32 "
+            "would find that grid again and look free; symmetric groups, or larger ones, do not."
+        )
+    return notes
+
+
+def _make_folder(runs: Path, name: str) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 100))):
+        folder = runs / f"{name}-{stamp}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StoreError(
+                f"{runs} cannot be written: {error.strerror}", "name another folder with --runs"
+            ) from error
+        return folder
+    raise StoreError(f"{runs} already has 99 runs of this second")
+
+
+def _point_latest(runs: Path, folder: Path) -> None:
+    link = runs / "latest"
+    temporary = runs / f".latest-{folder.name}"
+    temporary.symlink_to(folder.name)
+    temporary.replace(link)
+
+
+def log_again(record: RunRecord) -> RunRecord:
+    """Log a finished run to MLflow, and register its winner, where that has not been done. Updates its run.json."""
+    samples = {
+        result.id: Path(result.quality.samples_path)
+        for result in record.candidates
+        if result.quality and Path(result.quality.samples_path).is_file()
+    }
+    record = track(record, samples)
+    write_record(record)
+    return record
+
+
+def log_unlogged(runs: Path, name: str) -> None:
+    """Log what earlier runs of this name could not. Never raises: it is not this run's work."""
+    for path in sorted(runs.glob(f"{name}-*/{RUN_FILE}")):
+        try:
+            record = RunRecord.model_validate_json(path.read_text())
+        except (OSError, ValueError):
+            continue
+        if record.tracking is None and record.tracking_error:
+            log_again(record)

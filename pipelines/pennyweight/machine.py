@@ -1,0 +1,513 @@
+"""What this machine is, what it can do, and how fast it is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+import psutil
+from pydantic import Field
+
+from pennyweight.errors import StoreError, UsageError
+from pennyweight.records import Record
+from pennyweight.store import Store
+
+if TYPE_CHECKING:
+    import torch
+
+#: CPU features that change which kernels run, and so numbers and speed.
+ISA_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
+
+#: Libraries whose versions belong in a record.
+LIBRARIES = (
+    "accelerate", "compressed-tensors", "datasets", "gguf", "gptqmodel", "llmcompressor", "lm-eval", "mlflow", "numpy",
+    "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-gpu", "pennyweight",
+    "safetensors", "tokenizers", "torch", "transformers",
+)  # fmt: skip
+
+#: Wheels that overwrite each other's files: (for a CPU, for a GPU).
+RIVALS = (("onnxruntime", "onnxruntime-gpu"), ("onnxruntime-genai", "onnxruntime-genai-cuda"))
+
+#: Packages that each runtime needs. An element of several names is met by any of them; on a GPU by the last alone.
+RUNTIME_PACKAGES = {
+    "transformers": (("torch",), ("transformers",)),
+    "onnxruntime": (*RIVALS, ("onnx-ir",)),
+}
+
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_UNLIMITED = 1 << 60  # cgroup v1 writes «no limit» as a number near 2^63
+
+
+class Measured(Record):
+    """How fast this machine is, with the threads that a run would use."""
+
+    threads: int
+    read_gb_per_s: float = Field(description="sequential read from memory, 10^9 bytes a second")
+    gflops_fp32: float = Field(description="float32 matrix product, 10^9 floating-point operations a second")
+    gflops_bf16: float = Field(description="the same in bfloat16")
+
+
+# --- what it is -------------------------------------------------------------------------------------------------------
+
+
+@cache
+def fingerprint() -> dict[str, Any]:
+    """What decides numbers and speed on this machine, as JSON; the same in every process on it."""
+    text = _read(Path("/proc/cpuinfo"))
+    present = cpu_flags(text)
+    return {
+        "cpu": cpu_model(text) or platform.processor() or platform.machine(),
+        "cores": usable_cores(),
+        "isa": [flag for flag in ISA_FLAGS if flag in present],
+        "memory_gib": round(memory_bytes() / 2**30, 1),
+        "gpus": gpus(),
+        "os": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """The fingerprint, the threads in use, and the versions of the libraries that matter."""
+    versions = {name: version for name in LIBRARIES if (version := installed_version(name))}
+    return {**fingerprint(), "threads": threads(), "versions": versions}
+
+
+def threads() -> int:
+    """Threads that compute: the usable physical cores, or PENNYWEIGHT_THREADS. Raises UsageError for a bad count."""
+    text = os.environ.get("PENNYWEIGHT_THREADS")
+    if not text:
+        return usable_cores()
+    if not text.isdigit() or int(text) < 1:
+        raise UsageError(f"PENNYWEIGHT_THREADS must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def has_native_bf16() -> bool:
+    """The CPU multiplies bfloat16 matrices in hardware (AVX-512 BF16, AMX, or Arm's BF16)."""
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(fingerprint()["isa"]))
+
+
+def has_gpu() -> bool:
+    """An NVIDIA GPU is there for this process to use."""
+    return bool(gpus())
+
+
+def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    """`auto` as the GPU where there is one, else the CPU."""
+    if device != "auto":
+        return device
+    return "cuda" if has_gpu() else "cpu"
+
+
+def cpu_model(cpuinfo: str) -> str | None:
+    """The `model name` in the text of /proc/cpuinfo."""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return " ".join(found[1].split()) if found else None
+
+
+def cpu_flags(cpuinfo: str) -> set[str]:
+    """Features of the first CPU in the text of /proc/cpuinfo (`flags` on x86, `Features` on Arm)."""
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return set(found[1].split()) if found else set()
+
+
+def physical_cores(cpuinfo: str, allowed: set[int]) -> int:
+    """Distinct cores among the `allowed` logical CPUs; each counts as one where /proc/cpuinfo names no cores."""
+    cores: set[tuple[str, str]] = set()
+    for block in cpuinfo.strip().split("\n\n"):
+        fields = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", block, re.MULTILINE))
+        number = fields.get("processor", "")
+        if number.isdigit() and int(number) in allowed:
+            cores.add((fields.get("physical id", "0"), fields.get("core id", f"cpu{number}")))
+    return len(cores) or len(allowed)
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: its affinity, then the cgroup's quota rounded down, at least 1."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+    else:
+        allowed = set(range(psutil.cpu_count(logical=False) or 1))
+    cores = physical_cores(_read(Path("/proc/cpuinfo")), allowed)
+    quota, _ = _own_cgroup_limits()
+    return max(1, min(cores, math.floor(quota))) if quota else cores
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or the cgroup's limit where that is lower."""
+    _, limit = _own_cgroup_limits()
+    total = psutil.virtual_memory().total
+    return min(total, limit) if limit else total
+
+
+def available_memory_bytes() -> int:
+    """Memory that is free for this process now, without swapping."""
+    return min(psutil.virtual_memory().available, memory_bytes())
+
+
+def free_memory(device: Literal["cpu", "cuda"]) -> int:
+    """Bytes free for models on `device`; of this machine where it has no such device."""
+    if device == "cuda" and has_gpu():
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.mem_get_info()[0]
+    return available_memory_bytes()
+
+
+def cgroup_limits(membership: str, root: Path) -> tuple[float | None, int | None]:
+    """(CPUs, bytes) that control groups v1 and v2 allow, None where there is no limit.
+
+    `membership` is the text of /proc/self/cgroup; every group from the process's own up to `root` counts, the tightest
+    wins.
+    """
+    cpus: list[float] = []
+    memory: list[int] = []
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        names = controllers.split(",") if controllers else [""]
+        for folder in _groups(root, names, path):
+            cpus += _cpu_limit(folder)
+            memory += _memory_limit(folder)
+    return min(cpus, default=None), min(memory, default=None)
+
+
+def _groups(root: Path, controllers: list[str], path: str) -> list[Path]:
+    """Folders of the group `path` and its parents, in every mount that carries one of the controllers."""
+    mounts = (
+        [root / "unified", root]
+        if controllers == [""]
+        else [root / name for name in [",".join(controllers), *controllers]]
+    )
+    relative = Path(path.lstrip("/"))
+    return [mount / part for mount in mounts if mount.is_dir() for part in (relative, *relative.parents)]
+
+
+def _cpu_limit(folder: Path) -> list[float]:
+    """Quota over period, in CPUs: `cpu.max` of cgroup v2, `cpu.cfs_*_us` of v1."""
+    quota, _, period = _read(folder / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+    if not quota.strip().isdigit() or not period.strip().isdigit():
+        return []  # `max`, `-1`, or no such file
+    return [int(quota) / int(period)]
+
+
+def _memory_limit(folder: Path) -> list[int]:
+    texts = (_read(folder / "memory.max"), _read(folder / "memory.limit_in_bytes"))
+    return [int(text) for text in texts if text.strip().isdigit() and int(text) < _UNLIMITED]
+
+
+def _own_cgroup_limits() -> tuple[float | None, int | None]:
+    return cgroup_limits(_read(Path("/proc/self/cgroup")), _CGROUP_ROOT)
+
+
+@cache
+def gpus() -> list[dict[str, Any]]:
+    """NVIDIA GPUs that CUDA programs of this process would see: name, memory in GiB, driver."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return parse_gpus(shown, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def parse_gpus(shown: str, visible: str | None) -> list[dict[str, Any]]:
+    """GPUs in nvidia-smi's CSV (index, uuid, name, MiB, driver) that CUDA_VISIBLE_DEVICES lets through."""
+    found = []
+    for line in shown.strip().splitlines():
+        index, uuid, name, memory, driver = (part.strip() for part in line.split(","))
+        if visible is None or any(
+            index == wanted or (wanted and uuid.startswith(wanted)) for wanted in visible.split(",")
+        ):
+            found.append({"name": name, "memory_gib": round(float(memory) / 1024, 1), "driver": driver})
+    return found
+
+
+# --- how fast it is ---------------------------------------------------------------------------------------------------
+
+
+def measure(seconds: float = 2.0, device: Literal["cpu", "cuda"] = "cpu") -> Measured:
+    """Measure memory reads and matrix products for about `seconds` in all. Needs torch, and for `cuda` a GPU."""
+    import torch
+
+    count = threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return Measured(
+            threads=count,
+            read_gb_per_s=_read_speed(seconds / 3, device),
+            gflops_fp32=_product_speed(torch.float32, seconds / 3, device),
+            gflops_bf16=_product_speed(torch.bfloat16, seconds / 3, device),
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
+def _read_speed(seconds: float, device: str) -> float:
+    import torch
+
+    buffer = torch.ones(64 << 20, device=device)  # 256 MiB, beyond any cache
+    return buffer.nbytes / _usual_time(lambda: buffer.sum().item(), seconds) / 1e9
+
+
+def _product_speed(dtype: torch.dtype, seconds: float, device: str) -> float:
+    """GFLOP/s of a product shaped like a small decoder's MLP: (1024, 1024) × (1024, 4096)."""
+    import torch
+
+    rows, inner, columns = 1024, 1024, 4096
+    left = torch.randn(rows, inner, device=device).to(dtype)
+    weight = torch.randn(columns, inner, device=device).to(dtype)
+    # Reading one number makes the device finish.
+    work = _usual_time(lambda: torch.nn.functional.linear(left, weight)[0, 0].item(), seconds)
+    return 2 * rows * inner * columns / work / 1e9
+
+
+def _usual_time(work: Callable[[], object], seconds: float) -> float:
+    """Seconds of one call: the lower quartile after a warm-up, as others on a shared machine slow some calls down."""
+    work()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 4]
+
+
+class PeakMemory:
+    """Peak resident memory of this process and its children while the block runs, sampled every `interval` seconds.
+
+    >>> with PeakMemory() as memory:
+    ...     work()
+    >>> memory.peak_bytes
+
+    Pages that parent and children share count once for each of them.
+    """
+
+    def __init__(self, interval: float = 0.05):
+        self.interval = interval
+        self.peak_bytes = 0
+        self._process = psutil.Process()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        total = 0
+        for process in (self._process, *self._process.children(recursive=True)):
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue  # it ended between being listed and being asked
+        self.peak_bytes = max(self.peak_bytes, total)
+
+
+# --- what is installed ------------------------------------------------------------------------------------------------
+
+
+def installed_version(package: str) -> str | None:
+    """An installed distribution's version, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def extras() -> dict[str, dict[str, Any]]:
+    """Each extra of this package: whether it is installed, and which of its requirements are not met."""
+    from packaging.requirements import Requirement
+
+    missing: dict[str, list[str]] = {}
+    metadata = importlib.metadata.metadata("pennyweight")
+    for name in metadata.get_all("Provides-Extra") or []:
+        missing[name] = []
+        for text in importlib.metadata.requires("pennyweight") or []:
+            requirement = Requirement(text)
+            if not requirement.marker or not requirement.marker.evaluate({"extra": name}):
+                continue
+            if requirement.marker.evaluate({"extra": ""}):
+                continue  # needed anyway, not by this extra
+            version = installed_version(requirement.name)
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                missing[name].append(f"{requirement.name}{requirement.specifier}")
+    return {name: {"installed": not wanted, "missing": wanted} for name, wanted in missing.items()}
+
+
+def conflicts() -> list[str]:
+    """Installed packages that overwrite each other's files, in words with the fix."""
+    wanted = "gpu" if has_gpu() else "cpu"
+    return [
+        f"{cpu} and {gpu} are both installed and overwrite each other's files: uninstall both, "
+        f"then pip install 'pennyweight[{wanted}]'"
+        for cpu, gpu in RIVALS
+        if installed_version(cpu) and installed_version(gpu)
+    ]
+
+
+def missing_packages(runtime: str, device: Literal["cpu", "cuda"] = "cpu") -> list[str]:
+    """Packages that a runtime needs on `device` and that are not installed."""
+    choices = [names[-1:] if device == "cuda" else names for names in RUNTIME_PACKAGES[runtime]]
+    return [names[0] for names in choices if not any(map(installed_version, names))]
+
+
+def runtime_report(runtime: str) -> dict[str, Any]:
+    """What a runtime can do here, what is missing, and the command that gets it."""
+    device = resolve_device("auto")
+    report: dict[str, Any] = {"installed": not missing_packages(runtime), "can": [], "missing": []}
+    if report["installed"]:
+        report["can"] = _transformers_can() if runtime == "transformers" else _onnxruntime_can()
+    else:
+        report["missing"] = missing_packages(runtime, device)
+    if report["installed"] and has_gpu() and not any(line.startswith("cuda") for line in report["can"]):
+        report["missing"] = missing_packages(runtime, device) or ["a build for this machine's GPU and driver"]
+    if report["missing"]:
+        report["get"] = _how_to_get(runtime, device)
+    return report
+
+
+def _how_to_get(runtime: str, device: str) -> str:
+    if runtime == "transformers":
+        return "install torch's CUDA build" if installed_version("torch") else "pip install pennyweight"
+    return f"pip install 'pennyweight[{'gpu' if device == 'cuda' else 'cpu'}]'"
+
+
+def _transformers_can() -> list[str]:
+    import torch
+
+    dtype = "bfloat16 in hardware" if has_native_bf16() else "float32 (bfloat16 only emulated, and slow)"
+    can = [f"cpu: {dtype}; quantized checkpoints are unpacked, so they judge quality and save nothing"]
+    if torch.cuda.is_available():
+        can.append(f"cuda: {torch.cuda.get_device_name(0)}")
+    return can
+
+
+def _onnxruntime_can() -> list[str]:
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    wide = {"avx512_vnni", "amx_int8", "asimddp"} & set(fingerprint()["isa"])
+    speed = "8-bit dot products in hardware" if wide else "without 8-bit dot products"
+    can = [f"cpu: float32, and 4-bit and 8-bit weights ({speed})"] if "CPUExecutionProvider" in providers else []
+    if "CUDAExecutionProvider" in providers and has_gpu():
+        can.append("cuda: float16, and 4-bit and 8-bit weights")
+    return can
+
+
+def redact(uri: str) -> str:
+    """A URI without the user, the password and the query that it may carry."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc and not parts.query:
+        return uri
+    host = parts.netloc.rpartition("@")[2]
+    netloc = f"***@{host}" if "@" in parts.netloc else host
+    return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Free bytes on the disk that holds `folder`, or that would hold it."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def doctor(store: Store | None = None, network: bool = False) -> dict[str, Any]:
+    """What this machine has and lacks, as JSON. Asks the model hub only when `network` is true."""
+    store = store or Store()
+    tracking = os.environ.get("MLFLOW_TRACKING_URI")
+    return {
+        "machine": {**fingerprint(), "threads": threads(), "native_bf16": has_native_bf16()},
+        "measured": measure().model_dump(mode="json") if installed_version("torch") else None,
+        "extras": extras(),
+        "conflicts": conflicts(),
+        "runtimes": {name: runtime_report(name) for name in RUNTIME_PACKAGES},
+        "store": {
+            "path": str(store.root),
+            "writable": _writable(store),
+            "free_disk_gb": round(free_disk_bytes(store.root) / 1e9, 1),
+        },
+        "tracking": {"uri": redact(tracking) if tracking else "the embedded SQLite store"},
+        "hub": _hub(network),
+        "versions": environment()["versions"],
+        "executable": sys.executable,
+    }
+
+
+def _writable(store: Store) -> bool:
+    try:
+        store.check_writable()
+    except StoreError:
+        return False
+    return True
+
+
+def _hub(network: bool) -> dict[str, Any]:
+    """The model hub's address, and whether it answers (None: not asked)."""
+    from huggingface_hub import constants
+
+    offline = bool(constants.HF_HUB_OFFLINE)
+    reachable = _answers(constants.ENDPOINT) if network and not offline else None
+    return {"endpoint": redact(constants.ENDPOINT), "offline": offline, "reachable": reachable}
+
+
+def _answers(endpoint: str) -> bool:
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=5).close()
+    except HTTPError:
+        return True  # an answer, though not a page
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

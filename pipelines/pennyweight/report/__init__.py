@@ -1,0 +1,15 @@
+"""One run as one HTML file that needs nothing else: to look at, to print, and to show in MLflow's preview."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pennyweight.records import RunRecord
+from pennyweight.report.page import render
+
+__all__ = ["write_report"]
+
+
+def write_report(record: RunRecord, path: Path) -> None:
+    """Write `record` as a self-contained HTML file. The same record gives the same bytes. Raises OSError."""
+    path.write_text(render(record), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""The report's page: its sections in order, its style, and nothing from outside."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from pennyweight.records import RunRecord
+from pennyweight.report import tables
+from pennyweight.report.markup import Html, el, join
+from pennyweight.report.plots import quality_against_cost, slo_words, throughput_against_latency
+from pennyweight.report.verdict import first_screen, headline
+
+_STYLE = Path(__file__).with_name("style.css")
+
+#: Browsers then refuse to load or send anything, whatever a recipe's text may say.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def render(record: RunRecord) -> str:
+    """The whole file. A pure function of the record."""
+    title = re.sub(r"<[^>]+>", "", headline(record))  # its text is escaped already
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("title", record.name, ": ", Html(title)),
+        el("style", Html(_STYLE.read_text(encoding="utf-8"))),
+    )
+    return f"<!doctype html>\n{el('html', head, el('body', el('main', _sections(record))), lang='en')}\n"
+
+
+def _sections(record: RunRecord) -> list[Html]:
+    return [
+        first_screen(record),
+        _section("Quality against cost", quality_against_cost(record)),
+        _section("Throughput against latency", throughput_against_latency(record)),
+        _section("All candidates", _table_notes(record), tables.candidates_table(record), class_="wide"),
+        _section("Why: every reason of every verdict", tables.reasons(record)),
+        _section("Cost at every load", _load_notes(record), tables.cost_by_load(record)),
+        _section("Where the time went", el("p", tables.time_summary(record)), tables.stages(record)),
+        _notes(record),
+        _section("Environment and digests", tables.environment(record), _digest_note(), tables.digests(record)),
+        _section("Recipe", _recipe(record)),
+    ]
+
+
+def _section(title: str, *body: Html, class_: str | None = None) -> Html:
+    return el("section", el("h2", title), body, class_=class_)
+
+
+def _notes(record: RunRecord) -> Html:
+    if not record.notes:
+        return Html("")
+    return _section("Notes", el("ul", [el("li", note) for note in record.notes], class_="notes"))
+
+
+def _table_notes(record: RunRecord) -> Html:
+    words = [
+        tables.denominator(record),
+        "Under a metric's name stands the gate's condition on it, under its value the difference from the base where "
+        "that says something, and the standard error. Under each saving: its 95% interval. A bar at the left: on the "
+        "Pareto front of cost and quality.",
+    ]
+    if tables.slo_missed(record):
+        words.append(f"† The SLO was missed ({slo_words(record)}).")
+    return el("p", " ".join(words))
+
+
+def _load_notes(record: RunRecord) -> Html:
+    words = (
+        "US dollars per 1M tokens. Bold: the cheapest among the base's candidates and those that passed; "
+        "it may change with the load."
+    )
+    return el("p", words, " † SLO missed." if tables.slo_missed(record) else None)
+
+
+def _digest_note() -> Html:
+    return el("p", "First 16 digits of each sha256; run.json has them whole.")
+
+
+def _recipe(record: RunRecord) -> Html:
+    shown = yaml.safe_dump(record.recipe.resolved, sort_keys=False, allow_unicode=True, width=100)
+    summary = el("summary", "The recipe as it was run, with all defaults and all that it names")
+    return join(el("details", summary, el("pre", el("code", shown))))

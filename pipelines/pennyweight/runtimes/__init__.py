@@ -1,0 +1,102 @@
+"""Runtimes: checkpoint → candidate, and candidate → tokens and log-likelihoods. One file a runtime; `RUNTIMES` names all.
+
+A runtime has two halves. `export` turns a checkpoint into files that the runtime loads; a runtime that loads checkpoints
+as they are has none. `load` gives a `Session`, the one small interface that evaluation and benchmark use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pennyweight.recipe import RuntimeName
+from pennyweight.records import Candidate, Checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Times of one wave of requests that were served together, in seconds."""
+
+    ttft: float
+    """From the call to the first token of every request."""
+    steps: list[float]
+    """Time of each later token, the same for all requests of the wave."""
+    tokens: np.ndarray
+    """int64 (requests, output tokens)."""
+
+
+class Session(Protocol):
+    """A loaded candidate."""
+
+    def logits(self, ids: np.ndarray) -> torch.Tensor:
+        """Logits at every position.
+
+        `ids`: int64 (batch, length), right-padded with any token: the models are causal, so what stands behind a
+        position cannot change it. Returns float32 or bfloat16 (batch, length, vocabulary). The tensor may be reused by
+        the next call.
+        """
+
+    def generate(self, ids: np.ndarray, new_tokens: int) -> Generation:
+        """Greedy continuation of `ids`, int64 (requests, length), by exactly `new_tokens` tokens each, served as a wave."""
+
+    def close(self) -> None:
+        """Give the memory back."""
+
+
+@dataclass(frozen=True)
+class RuntimeKind:
+    version: int
+    libraries: tuple[str, ...]
+    export: Callable[[Checkpoint, str, Path], None] | None
+    """(checkpoint, device, folder to write to); None where checkpoints are loaded as they are."""
+    load: Callable[[Candidate, str], Session]
+    """(candidate, device) → session."""
+    compute_dtype: Callable[[Checkpoint, str], str]
+    """(checkpoint, device) → dtype that activations are computed in."""
+    sizes: Callable[[Path], tuple[int, int]] | None = None
+    """Exported files → bytes of the weight files, and of the tensors in them."""
+    quantized_tensors: Callable[[Path], int] | None = None
+    """Exported files → how many of the tensors in them are quantized."""
+
+
+def get(name: RuntimeName) -> RuntimeKind:
+    """The runtime of that name. Imports it, and so the libraries that it needs only when it is used."""
+    if name == "onnxruntime":
+        from pennyweight.runtimes import onnxruntime as module
+    else:
+        from pennyweight.runtimes import transformers as module
+    return module.RUNTIME
+
+
+def versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions of distributions, for store keys. A distribution that is not installed is left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str] = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def key(name: RuntimeName, device: str) -> dict[str, Any]:
+    """What of a runtime and this machine changes the numbers that it computes."""
+    from pennyweight import machine
+
+    kind = get(name)
+    return {
+        "runtime": name,
+        "version": kind.version,
+        "libraries": versions(kind.libraries),
+        "device": device,
+        "isa": machine.fingerprint().get("isa"),
+        "threads": machine.threads(),
+    }

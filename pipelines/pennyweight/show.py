@@ -1,0 +1,137 @@
+"""Runs, stores and machines as text for a terminal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pennyweight.errors import UsageError
+from pennyweight.gate import point_at
+from pennyweight.records import RUN_SCHEMA_VERSION, CandidateResult, RunRecord
+
+SENTENCES = {
+    "inconclusive": "no winner: too few samples to decide; the reasons say where",
+    "nothing-passed": "no winner: no variant passed the gate",
+    "nothing-cheaper": "no winner: nothing that passed the gate is surely cheaper than the base",
+    "failed": "no winner: a stage failed",
+    "running": "this run did not finish; run the recipe again and it goes on where it stopped",
+}
+
+
+def load_run(folder: Path) -> RunRecord:
+    """A run's record, from its folder or from its run.json. Raises UsageError."""
+    path = folder / "run.json" if folder.is_dir() else folder
+    try:
+        raw = json.loads(path.read_text())
+        if raw.get("schema_version") != RUN_SCHEMA_VERSION:
+            raise UsageError(f"{path} has schema version {raw.get('schema_version')}, not {RUN_SCHEMA_VERSION}")
+        return RunRecord.model_validate(raw)
+    except OSError as error:
+        raise UsageError(
+            f"{path} cannot be read: {error.strerror}", "run a recipe first, or name a run's folder"
+        ) from error
+    except (json.JSONDecodeError, ValidationError) as error:
+        raise UsageError(f"{path} is not a run's record: {str(error).splitlines()[0]}") from error
+
+
+def format_run(record: RunRecord) -> str:
+    """The outcome in a sentence, a table of candidates, and the reasons."""
+    decide_at = record.recipe.resolved["benchmark"]["decide_at"]
+    lines = [headline(record, decide_at), "", *_table(record, decide_at), ""]
+    for result in record.candidates:
+        if result.verdict.status != "base":
+            lines.append(f"{result.id}: {result.verdict.status}")
+            lines += [f"    {reason}" for reason in result.verdict.reasons]
+    if record.registered:
+        done = record.registered
+        lines += ["", f"registered as {done.model} version {done.version}, alias {done.alias}"]
+    return "\n".join(lines)
+
+
+def headline(record: RunRecord, decide_at: int) -> str:
+    if not record.winner:
+        return SENTENCES[record.status]
+    result = next(result for result in record.candidates if result.id == record.winner)
+    assert result.cost is not None
+    point = point_at(result.cost, decide_at)
+    assert point.saving is not None
+    return (
+        f"winner: {record.winner} at ${point.usd_per_1m_tokens:.3f} per million tokens, "
+        f"{point.saving.value:.0%} less than {point.saving_against} "
+        f"(95% interval {point.saving.low:.0%} to {point.saving.high:.0%}) at concurrency {decide_at}"
+    )
+
+
+def _table(record: RunRecord, decide_at: int) -> list[str]:
+    metrics = _metric_names(record)
+    head = ["candidate", "verdict", "MB", *metrics, "tok/s", "$/1M tokens", "saving"]
+    rows = [head, *[_row(result, metrics, decide_at) for result in record.candidates]]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+
+
+def _metric_names(record: RunRecord) -> list[str]:
+    measured: dict[str, None] = {}
+    for result in record.candidates:
+        if result.quality:
+            measured |= dict.fromkeys(result.quality.metrics)
+    gated = [f"{c['task']}/{c['metric']}" if c["task"] else c["metric"] for c in record.recipe.resolved["gate"]]
+    return [name for name in dict.fromkeys(gated) if name in measured]
+
+
+def _row(result: CandidateResult, metrics: list[str], decide_at: int) -> list[str]:
+    size = f"{result.candidate.bytes / 1e6:.0f}" if result.candidate else "-"
+    values = []
+    for name in metrics:
+        value = result.quality.metrics.get(name) if result.quality else None
+        values.append(
+            "-" if value is None else f"{value.value:.3f}" if abs(value.value) < 100 else f"{value.value:.1f}"
+        )
+    speed = dollars = saving = "-"
+    if result.cost:
+        point = point_at(result.cost, decide_at)
+        speed, dollars = f"{point.output_tokens_per_second:.1f}", f"{point.usd_per_1m_tokens:.3f}"
+        saving = f"{point.saving.value:.0%}" if point.saving else "-"
+    return [result.id, result.verdict.status, size, *values, speed, dollars, saving]
+
+
+def format_store(entries: list[tuple[str, str, Path, float, int]]) -> str:
+    if not entries:
+        return "the store is empty"
+    lines = [f"{stage:<12} {key[:16]}  {size / 1e6:>10,.1f} MB" for stage, key, _, _, size in entries]
+    return "\n".join([*lines, f"{len(entries)} results, {sum(entry[4] for entry in entries) / 1e6:,.1f} MB"])
+
+
+def format_doctor(found: dict[str, Any]) -> str:
+    """Nested facts as indented lines."""
+    return "\n".join(_indented(found, 0))
+
+
+def _indented(value: Any, depth: int) -> list[str]:
+    pad = "  " * depth
+    lines = []
+    for key, item in value.items():
+        label = str(key).replace("_", " ")
+        if isinstance(item, dict):
+            lines += [f"{pad}{label}:", *_indented(item, depth + 1)]
+        elif isinstance(item, list):
+            lines.append(f"{pad}{label}: {', '.join(map(_plain, item)) or 'none'}")
+        else:
+            lines.append(f"{pad}{label}: {_plain(item)}")
+    return lines
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:,.1f}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return "unknown" if value is None else str(value)

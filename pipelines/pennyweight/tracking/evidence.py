@@ -1,0 +1,56 @@
+"""The evidence that is registered beside a candidate's files: which files they are, and why they may be served."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pennyweight.records import CandidateResult, RunRecord
+from pennyweight.store import digest_of, file_digest
+
+#: Its name, at the top of the candidate's folder.
+EVIDENCE = "pennyweight.json"
+EVIDENCE_VERSION = 1
+
+
+def make_evidence(record: RunRecord, result: CandidateResult, files: Mapping[str, str]) -> dict[str, Any]:
+    """Why a candidate may be served, as JSON: `files` maps the names of its files to their sha256."""
+    assert result.candidate is not None
+    shown = json.loads(result.model_dump_json())  # what is not finite becomes null
+    return {
+        "schema_version": EVIDENCE_VERSION,
+        "candidate": {**shown["candidate"], "path": None, "checkpoint": None},
+        "checkpoint": {**shown["candidate"]["checkpoint"], "path": None},
+        "files": dict(files),
+        "verdict": shown["verdict"],
+        "quality": (shown["quality"] or {}).get("metrics"),
+        "cost": shown["cost"],
+        "price": record.price and record.price.model_dump(mode="json"),
+        "base": record.base,
+        "recipe": {"name": record.name, "digest": record.recipe.digest},
+        "run": {"started_at": record.started_at, "environment": record.environment},
+    }
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Relative name → sha256 of all files below `folder` but the evidence."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / EVIDENCE)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def digest_of_files(files: Mapping[str, str]) -> str:
+    """The `pennyweight.store.folder_digest` of a folder with these files, in the order of `file_digests`."""
+    return digest_of([[name, digest] for name, digest in files.items()])
+
+
+def describe_difference(expected: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """Which files are changed, missing or new, at most five of them."""
+    changes = [
+        *(f"{name} is missing" for name in expected if name not in found),
+        *(f"{name} was changed" for name in expected if name in found and found[name] != expected[name]),
+        *(f"{name} is new" for name in found if name not in expected),
+    ]
+    more = [f"and {len(changes) - 5} more"] if len(changes) > 5 else []
+    return ", ".join(changes[:5] + more)

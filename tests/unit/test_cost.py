@@ -1,0 +1,44 @@
+import math
+
+import pytest
+
+from pennyweight.benchmark import cost, rounds_at, turns
+from pennyweight.recipe import load_recipe
+
+
+def test_dollars_per_million_tokens() -> None:
+    # A machine of $3.60 an hour is $0.001 a second; 1,000 tokens in 2 seconds are 2 millionths of a dollar each.
+    assert cost.usd_per_million(3.60, tokens=1000, seconds=2.0) == pytest.approx(2.0)
+
+
+def test_saving_of_constant_ratios_has_no_width() -> None:
+    saving = cost.paired_saving([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    assert (saving.value, saving.low, saving.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_saving_interval_against_hand_arithmetic() -> None:
+    # Logs of the ratios are −0.1, −0.2, −0.3: mean −0.2, standard error 0.1/√3, t(0.975, 2) = 4.302653.
+    saving = cost.paired_saving([math.exp(-0.1), math.exp(-0.2), math.exp(-0.3)], [1.0, 1.0, 1.0])
+    half = 4.302652729911275 * 0.1 / math.sqrt(3)
+    assert saving.value == pytest.approx(1 - math.exp(-0.2))
+    assert saving.low == pytest.approx(1 - math.exp(-0.2 + half))
+    assert saving.high == pytest.approx(1 - math.exp(-0.2 - half))
+
+
+def test_a_drift_that_hits_both_alike_changes_nothing() -> None:
+    drift = [1.0, 1.7, 0.8, 1.2]
+    steady = cost.paired_saving([0.5, 0.6, 0.5, 0.6], [1.0, 1.1, 1.0, 1.1])
+    drifting = cost.paired_saving(
+        [a * d for a, d in zip([0.5, 0.6, 0.5, 0.6], drift)], [a * d for a, d in zip([1.0, 1.1, 1.0, 1.1], drift)]
+    )
+    assert drifting.model_dump() == pytest.approx(steady.model_dump())
+
+
+def test_turns_reverse_from_round_to_round_and_each_candidate_has_equally_many() -> None:
+    settings = load_recipe("smollm2-135m-cpu").benchmark
+    order = list(turns(settings, ["a", "b", "c"]))
+    at_one = [(number, name) for concurrency, number, name in order if concurrency == 1]
+    assert [name for _, name in at_one[:9]] == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+    for concurrency in settings.concurrency:
+        names = [name for at, number, name in order if at == concurrency and number >= 0]
+        assert {names.count(name) for name in "abc"} == {rounds_at(settings, concurrency)}

@@ -1,0 +1,267 @@
+"""What a machine says of itself, from texts of machines that this one is not."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from pennyweight import machine
+from pennyweight.errors import UsageError
+from pennyweight.machine import PeakMemory
+from pennyweight.store import Store
+
+XEON = """\
+processor\t: 0
+model name\t: Intel(R)  Xeon(R) Platinum 8488C
+physical id\t: 0
+core id\t\t: 0
+flags\t\t: fpu avx2 avx512f avx512_vnni amx_tile amx_bf16
+
+processor\t: 1
+model name\t: Intel(R)  Xeon(R) Platinum 8488C
+physical id\t: 0
+core id\t\t: 1
+flags\t\t: fpu avx2
+
+processor\t: 2
+model name\t: Intel(R)  Xeon(R) Platinum 8488C
+physical id\t: 0
+core id\t\t: 0
+flags\t\t: fpu avx2
+"""
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp bf16\n\nprocessor\t: 1\nFeatures\t: fp asimd asimddp bf16\n"
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    return root
+
+
+def test_cpu_model_and_flags_of_cpuinfo() -> None:
+    assert machine.cpu_model(XEON) == "Intel(R) Xeon(R) Platinum 8488C"
+    assert machine.cpu_flags(XEON) == {"fpu", "avx2", "avx512f", "avx512_vnni", "amx_tile", "amx_bf16"}
+    assert machine.cpu_model(ARM) is None
+    assert "bf16" in machine.cpu_flags(ARM)
+    assert machine.cpu_flags("") == set()
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "allowed", "cores"),
+    [
+        (XEON, {0, 1, 2}, 2),  # 0 and 2 are hyperthreads of one core
+        (XEON, {0, 2}, 1),
+        (XEON, {1}, 1),
+        (ARM, {0, 1}, 2),
+        ("", {0, 1, 2, 3}, 4),
+    ],
+)
+def test_hyperthreads_are_not_cores(cpuinfo: str, allowed: set[int], cores: int) -> None:
+    assert machine.physical_cores(cpuinfo, allowed) == cores
+
+
+def test_cgroup_v2_limits_come_from_the_tightest_parent(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        {
+            "a/cpu.max": "150000 100000",
+            "a/memory.max": "max",
+            "a/b/cpu.max": "max 100000",
+            "a/b/memory.max": "4294967296",
+        },
+    )
+    assert machine.cgroup_limits("0::/a/b\n", root) == (1.5, 4 << 30)
+
+
+def test_cgroup_v1_limits(tmp_path: Path) -> None:
+    root = write(
+        tmp_path,
+        {
+            "cpu,cpuacct/docker/cpu.cfs_quota_us": "400000",
+            "cpu,cpuacct/docker/cpu.cfs_period_us": "100000",
+            "memory/memory.limit_in_bytes": "9223372036854771712",
+            "memory/docker/memory.limit_in_bytes": "2147483648",
+        },
+    )
+    assert machine.cgroup_limits("4:memory:/docker\n3:cpu,cpuacct:/docker\n1:name=systemd:/docker\n", root) == (
+        4.0,
+        2 << 30,
+    )
+
+
+def test_no_cgroup_limit_is_none(tmp_path: Path) -> None:
+    root = write(tmp_path, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000", "cpu.max": "max 100000"})
+    assert machine.cgroup_limits("2:cpu:/\n0::/\n", root) == (None, None)
+    assert machine.cgroup_limits("", root) == (None, None)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [(1.9, 1), (0.5, 1), (2.0, 2), (64.0, 2), (None, 2)])
+def test_quota_caps_the_cores(monkeypatch: pytest.MonkeyPatch, quota: float | None, cores: int) -> None:
+    monkeypatch.setattr(machine, "_own_cgroup_limits", lambda: (quota, None))
+    monkeypatch.setattr(machine, "physical_cores", lambda *_: 2)
+    assert machine.usable_cores() == cores
+
+
+def test_memory_is_the_lower_of_machine_and_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_own_cgroup_limits", lambda: (None, 64 << 20))
+    assert machine.memory_bytes() == 64 << 20
+    assert machine.available_memory_bytes() <= 64 << 20
+    monkeypatch.setattr(machine, "_own_cgroup_limits", lambda: (None, None))
+    assert machine.memory_bytes() > 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        (None, ["NVIDIA L4", "NVIDIA A10G"]),
+        ("1", ["NVIDIA A10G"]),
+        ("GPU-aa", ["NVIDIA L4"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_gpus_that_cuda_would_see(visible: str | None, names: list[str]) -> None:
+    shown = "0, GPU-aa11, NVIDIA L4, 23034, 570.1\n1, GPU-bb22, NVIDIA A10G, 24576, 570.1\n"
+    found = machine.parse_gpus(shown, visible)
+    assert [gpu["name"] for gpu in found] == names
+    if names == ["NVIDIA A10G"]:
+        assert found == [{"name": "NVIDIA A10G", "memory_gib": 24.0, "driver": "570.1"}]
+
+
+def test_fingerprint_is_json_quick_and_stable() -> None:
+    machine.gpus()
+    machine.fingerprint.cache_clear()
+    begin = time.perf_counter()
+    first = machine.fingerprint()
+    assert time.perf_counter() - begin < 0.1
+    machine.fingerprint.cache_clear()
+    assert machine.fingerprint() == first == json.loads(json.dumps(first))
+    assert set(first) == {"cpu", "cores", "isa", "memory_gib", "gpus", "os", "python"}
+
+
+@pytest.mark.parametrize(
+    ("isa", "native"), [(["avx2", "avx512_bf16"], True), (["amx_bf16"], True), (["avx512f"], False)]
+)
+def test_native_bf16_follows_the_isa(monkeypatch: pytest.MonkeyPatch, isa: list[str], native: bool) -> None:
+    monkeypatch.setattr(machine, "fingerprint", lambda: {"isa": isa})
+    assert machine.has_native_bf16() is native
+
+
+def test_threads_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PENNYWEIGHT_THREADS", raising=False)
+    assert machine.threads() == machine.usable_cores()
+    monkeypatch.setenv("PENNYWEIGHT_THREADS", "7")
+    assert machine.threads() == 7
+    for wrong in ("0", "-2", "two"):
+        monkeypatch.setenv("PENNYWEIGHT_THREADS", wrong)
+        with pytest.raises(UsageError, match="PENNYWEIGHT_THREADS"):
+            machine.threads()
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "device"),
+    [("auto", [], "cpu"), ("auto", [{"name": "L4"}], "cuda"), ("cpu", [{"name": "L4"}], "cpu"), ("cuda", [], "cuda")],
+)
+def test_resolve_device(monkeypatch: pytest.MonkeyPatch, asked: str, gpus: list, device: str) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: gpus)
+    assert machine.resolve_device(asked) == device
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://me:secret@mlflow.example:5000/x", "https://***@mlflow.example:5000/x"),
+        ("postgresql://me:p%40ss@db/mlflow?sslpassword=x", "postgresql://***@db/mlflow?***"),
+        ("http://localhost:5000", "http://localhost:5000"),
+        ("sqlite:///mlflow/local/mlflow.db", "sqlite:///mlflow/local/mlflow.db"),
+    ],
+)
+def test_redact(uri: str, shown: str) -> None:
+    assert machine.redact(uri) == shown
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(machine, "installed_version", lambda name: "1.0" if name in names else None)
+
+
+def test_both_onnxruntimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", list)
+    installed(monkeypatch, "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
+    (message,) = machine.conflicts()
+    assert "onnxruntime and onnxruntime-gpu" in message
+    assert "pennyweight[cpu]" in message
+    installed(monkeypatch, "onnxruntime", "onnxruntime-genai")
+    assert machine.conflicts() == []
+
+
+def test_missing_packages_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch")
+    assert machine.missing_packages("onnxruntime", "cpu") == []
+    assert machine.missing_packages("onnxruntime", "cuda") == ["onnxruntime-gpu", "onnxruntime-genai-cuda"]
+    assert machine.missing_packages("transformers") == ["transformers"]
+    installed(monkeypatch, "onnxruntime-gpu", "onnxruntime-genai-cuda", "onnx-ir")
+    assert machine.missing_packages("onnxruntime", "cpu") == []
+
+
+def test_runtime_report_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", list)
+    installed(monkeypatch, "onnxruntime")
+    assert machine.runtime_report("onnxruntime") == {
+        "installed": False,
+        "can": [],
+        "missing": ["onnxruntime-genai", "onnx-ir"],
+        "get": "pip install 'pennyweight[cpu]'",
+    }
+
+
+def test_extras_name_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    requires = [
+        "click>=8",
+        "onnxruntime>=1.31; extra == 'cpu'",
+        "onnx-ir==1.1.0; extra == 'cpu'",
+        "ruff>=1; extra == 'dev'",
+    ]
+    monkeypatch.setattr(machine.importlib.metadata, "requires", lambda _: requires)
+    versions = {"onnxruntime": "1.30", "onnx-ir": "1.1.0", "ruff": "1.2"}
+    monkeypatch.setattr(machine, "installed_version", versions.get)
+    found = machine.extras()
+    assert found["cpu"] == {"installed": False, "missing": ["onnxruntime>=1.31"]}
+    assert found["dev"] == {"installed": True, "missing": []}
+
+
+def test_peak_memory_sees_a_passing_allocation() -> None:
+    with PeakMemory(interval=0.01) as before:
+        time.sleep(0.03)
+    with PeakMemory(interval=0.01) as memory:
+        block = b"x" * (200 << 20)
+        time.sleep(0.1)
+        del block
+    assert memory.peak_bytes - before.peak_bytes > 190 << 20
+
+
+def test_measured_speed_is_plausible() -> None:
+    measured = machine.measure(seconds=0.15)
+    assert measured.threads == machine.threads()
+    assert 0.5 < measured.read_gb_per_s < 5000
+    assert 1 < measured.gflops_fp32 < 1e5
+    assert 0.1 < measured.gflops_bf16 < 1e6
+
+
+def test_doctor_is_json_and_asks_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(
+        machine, "measure", lambda: machine.Measured(threads=1, read_gb_per_s=1, gflops_fp32=1, gflops_bf16=1)
+    )
+    monkeypatch.setattr(machine, "_answers", lambda _: pytest.fail("the hub was asked"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example")
+    found = machine.doctor(Store(tmp_path / "not" / "there"))
+    text = json.dumps(found)
+    assert "secret" not in text
+    assert found["tracking"]["uri"] == "https://***@mlflow.example"
+    assert found["hub"]["reachable"] is None
+    assert found["store"]["writable"] is True
+    assert set(found["runtimes"]) == {"transformers", "onnxruntime"}

@@ -1,0 +1,500 @@
+"""The preflight: exact sizes of a tiny decoder, what cannot work, what will not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pennyweight import machine, plan, sources
+from pennyweight.errors import SourceError
+from pennyweight.machine import Measured
+from pennyweight.plan import Plan, make_plan, model_shape
+from pennyweight.recipe import Quantize, Recipe
+from pennyweight.store import Store
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": 160,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+UNTIED = CONFIG | {"tie_word_embeddings": False}
+
+# Matrices of one layer, (out, in): q and o, k and v, gate and up, down.
+LAYER = 2 * 96 * 96 + 2 * 32 * 96 + 2 * 160 * 96 + 96 * 160
+EMBEDDING = 160 * 96
+NORMS = 5 * 96
+
+SPEED = Measured(threads=2, read_gb_per_s=10.0, gflops_fp32=100.0, gflops_bf16=200.0)
+
+
+def step(**settings: Any) -> Quantize:
+    return Quantize(**{"scheme": "w4a16", "group_size": 32, **settings})
+
+
+def recipe(steps: dict[str, list[dict[str, Any]]] | None = None, **settings: Any) -> Recipe:
+    body = {
+        "name": "tiny",
+        "base": "hf:me/tiny@main",
+        "device": "cpu",
+        "variants": steps or {"int4": [{"quantize": {"scheme": "w4a16", "group_size": 32}}]},
+        "runtimes": {"base": ["transformers", "onnxruntime"], "variants": ["onnxruntime"]},
+        "evaluate": {"name": "smoke", "divergence": {"text": "news", "windows": 2, "length": 32}, "tasks": []},
+        "gate": [{"metric": "kl_mean", "max": 0.1}],
+        "benchmark": {
+            "workload": {"input_tokens": 16, "output_tokens": 8},
+            "concurrency": [1, 4],
+            "decide_at": 1,
+            "rounds": 3,
+            "decide_rounds": 8,
+            "price": {"name": "mine", "usd_per_hour": 1.0},
+        },
+        "register": "tiny",
+    }
+    return Recipe.model_validate(body | settings)
+
+
+@pytest.fixture
+def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
+    """A machine of known speed with room to spare, and a base whose config can be had."""
+    monkeypatch.setattr(machine, "gpus", list)
+    monkeypatch.setattr(machine, "measure", lambda device="cpu": SPEED)
+    monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda _: 10**12)
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**12)
+    monkeypatch.setattr(machine, "missing_packages", lambda runtime, device: [])
+    monkeypatch.setattr(machine, "conflicts", list)
+    monkeypatch.setattr(sources, "base_config", lambda base, store: CONFIG)
+    return Store(tmp_path)
+
+
+def problems(made: Plan) -> list[tuple[str, str]]:
+    return [(problem.path, problem.message) for problem in made.problems]
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_shape_of_a_tiny_llama() -> None:
+    shape = model_shape(CONFIG, "bfloat16")
+    assert shape.linears["model.layers.1.mlp.down_proj"] == (96, 160)
+    assert shape.linears["model.layers.0.self_attn.k_proj"] == (32, 96)
+    assert len(shape.linears) == 14
+    assert (shape.head, shape.head_name, shape.tied) == ((160, 96), "lm_head", True)
+    assert shape.parameters == EMBEDDING + 2 * LAYER + NORMS
+    assert shape.product_weights == EMBEDDING + 2 * LAYER
+    assert shape.kv_bytes(itemsize=4) == 2 * 2 * 1 * 32 * 4
+    assert model_shape(UNTIED, "bfloat16").parameters == shape.parameters + EMBEDDING
+
+
+def test_dense_bytes() -> None:
+    assert plan.dense_bytes(model_shape(CONFIG, "bfloat16")) == 2 * (EMBEDDING + 2 * LAYER + NORMS)
+    assert plan.dense_bytes(model_shape(UNTIED, "float32")) == 4 * (2 * EMBEDDING + 2 * LAYER + NORMS)
+
+
+def test_packed_bytes_by_hand() -> None:
+    rest, shapes = 2 * (EMBEDDING + NORMS), 14 * 16
+    scales = 2 * (2 * LAYER // 32)
+    assert plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step()) == rest + LAYER + scales + shapes
+    assert (
+        plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step(scheme="w8a16")) == rest + 2 * LAYER + scales + shapes
+    )
+
+
+def test_a_quantized_tied_head_is_stored_beside_the_embedding() -> None:
+    body = plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step())
+    head = EMBEDDING + 2 * EMBEDDING // 32 + 16
+    assert plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step(head="w8a16")) == body + head
+    assert plan.packed_bytes(model_shape(UNTIED, "bfloat16"), step(head="w8a16")) == body + head
+
+
+@pytest.mark.parametrize(("scheme", "zeros"), [("w4a16", 4), ("w8a16", 8)])
+def test_zero_points_are_packed_along_the_output(scheme: str, zeros: int) -> None:
+    shape = model_shape(CONFIG, "bfloat16")
+    more = plan.packed_bytes(shape, step(scheme=scheme, symmetric=False)) - plan.packed_bytes(
+        shape, step(scheme=scheme)
+    )
+    assert more == 2 * LAYER // 32 * zeros // 8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_odd_vocabulary_and_zero_points_equal_a_real_checkpoint(bits: int) -> None:
+    """Files that llm-compressor 0.14 wrote for these shapes, vocabulary 130."""
+    shape = model_shape(CONFIG | {"vocab_size": 130}, "bfloat16")
+    assert plan.packed_bytes(shape, step(scheme=f"w{bits}a16", symmetric=False)) == {4: 107840, 8: 180704}[bits]
+
+
+def test_packed_bytes_equal_what_llm_compressor_writes(tmp_path: Path) -> None:
+    from llmcompressor import oneshot
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from pennyweight.steps.quantize import body_targets, modifiers
+
+    AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG), dtype="bfloat16").save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
+    settings = step(head="w8a16", ignore=["re:.*k_proj", "model.layers.0.mlp.up_proj"])
+    oneshot(model=model, recipe=modifiers(settings, body_targets(model)), tokenizer=None)
+    model.save_pretrained(tmp_path / "quantized", save_compressed=True)
+    with safe_open(tmp_path / "quantized" / "model.safetensors", "pt") as tensors:
+        written = sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118
+    assert plan.packed_bytes(model_shape(CONFIG, "bfloat16"), settings) == written
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "written"),
+    [
+        (CONFIG | {"vocab_size": 130}, None, 623360),
+        (UNTIED | {"vocab_size": 130}, None, 673280),
+        (UNTIED | {"vocab_size": 130}, {"symmetric": False}, 196352),
+        (CONFIG | {"vocab_size": 130}, {"ignore": ["re:.*k_proj"]}, 166400),
+        (CONFIG, {"head": "w8a16"}, 175232),
+        (UNTIED, {"scheme": "w8a16", "head": "w4a16"}, 238208),
+    ],
+)
+def test_onnx_bytes_equal_real_exports(config: dict, settings: dict | None, written: int) -> None:
+    """Files that onnxruntime-genai 0.18 wrote for these shapes: the tensors larger than 1 KiB."""
+    chosen = None if settings is None else step(**settings)
+    assert plan.onnx_bytes(model_shape(config, "bfloat16"), chosen, "cpu") == written
+
+
+def test_onnx_bytes_of_the_real_model() -> None:
+    """SmolLM2-135M-Instruct, groups of 64; with zero points as written, the first three files had no dropped ones."""
+    config = CONFIG | {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    shape = model_shape(config, "bfloat16")
+    assert plan.dense_bytes(shape) == 269_030_016
+    assert plan.packed_bytes(shape, step(group_size=64, head="w8a16")) == 142_294_960
+    assert plan.onnx_bytes(shape, None, "cpu") == 540_157_184
+    assert plan.onnx_bytes(shape, step(group_size=64, symmetric=False), "cpu") == 176_102_144
+    assert plan.onnx_bytes(shape, step(scheme="w8a16", group_size=64, symmetric=False), "cpu") == 229_946_624
+    assert plan.onnx_bytes(shape, step(group_size=64, head="w8a16"), "cpu") == 205_975_808
+
+
+def test_float16_on_cuda_halves_the_float_tensors() -> None:
+    shape = model_shape(CONFIG | {"hidden_size": 576, "vocab_size": 512}, "bfloat16")
+    assert plan.onnx_bytes(shape, None, "cuda") * 2 == plan.onnx_bytes(shape, None, "cpu")
+
+
+# --- what cannot work -------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_recipe_has_no_problems(calm: Store) -> None:
+    made = make_plan(recipe(), calm)
+    assert made.problems == []
+    assert [(stage.stage, stage.subject) for stage in made.stages] == [
+        ("source", "base"),
+        ("data", "none"),
+        ("data", "token windows"),
+        ("quantize", "int4"),
+        ("export", "base@onnxruntime"),
+        ("export", "int4@onnxruntime"),
+        ("reference", "base@transformers"),
+        ("evaluate", "base@transformers"),
+        ("evaluate", "base@onnxruntime"),
+        ("evaluate", "int4@onnxruntime"),
+        ("benchmark", "all candidates"),
+        ("track", "tiny"),
+    ]
+    assert made.weight_bytes("source", "base") == 2 * (EMBEDDING + 2 * LAYER + NORMS)
+    assert made.weight_bytes("quantize", "nonesuch") is None
+    assert made.expected_seconds("benchmark", "all candidates") > 0
+    assert (
+        Plan.model_validate(made.model_dump(exclude={"seconds", "peak_memory_bytes", "disk_bytes", "download_bytes"}))
+        == made
+    )
+
+
+def test_a_group_that_does_not_divide_names_the_layer_and_sizes_that_would_do(calm: Store) -> None:
+    made = make_plan(recipe({"int4": [{"quantize": {"scheme": "w4a16", "group_size": 64}}]}), calm)
+    (problem,) = made.problems
+    assert problem.path == "variants.int4.0.quantize.group_size"
+    assert problem.message == "64 does not divide 96, the input size of model.layers.0.self_attn.q_proj and 13 more"
+    assert problem.hint == "these sizes would do: 16, 32"
+    assert problem.kind == "recipe"
+
+
+def test_a_group_that_does_not_divide_the_head(calm: Store) -> None:
+    settings = {"scheme": "w4a16", "group_size": 32, "head": "w8a16"}
+    sizes = CONFIG | {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 160}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "base_config", lambda base, store: sizes)
+        ignored = {**settings, "ignore": ["re:.*(q|k|v|o|gate|up)_proj"]}
+        made = make_plan(recipe({"int4": [{"quantize": ignored}]}), calm)
+    assert problems(made) == [
+        ("variants.int4.0.quantize.group_size", "32 does not divide 48, the input size of lm_head")
+    ]
+    assert made.problems[0].hint == "these sizes would do: 16"
+
+
+def test_onnxruntime_takes_powers_of_two(calm: Store) -> None:
+    steps = {"int4": [{"quantize": {"scheme": "w4a16", "group_size": 8}}]}
+    assert problems(make_plan(recipe(steps), calm)) == [
+        ("variants.int4.0.quantize.group_size", "onnxruntime has no groups of 8: powers of two from 16 on")
+    ]
+    assert make_plan(recipe(steps, runtimes=["transformers"]), calm).problems == []
+
+
+@pytest.mark.parametrize(
+    ("inputs", "exported", "sizes"),
+    [
+        ([576, 1536], True, [16, 32, 64]),
+        ([96, 160], False, [8, 16, 32]),
+        ([4096, 14336], True, [16, 32, 64, 128, 256, 512, 1024]),
+        ([100], True, []),
+    ],
+)
+def test_group_sizes(inputs: list[int], exported: bool, sizes: list[int]) -> None:
+    assert plan.group_sizes(inputs, exported) == sizes
+
+
+def test_ignore_must_match_a_layer(calm: Store) -> None:
+    ignore = ["model.layers.0.mlp.down_prj", "re:.*experts.*", "re:(", "re:.*k_proj"]
+    made = make_plan(recipe({"a": [{"quantize": {"scheme": "w4a16", "group_size": 32, "ignore": ignore}}]}), calm)
+    assert [problem.path for problem in made.problems] == [
+        f"variants.a.0.quantize.ignore.{index}" for index in range(3)
+    ]
+    assert made.problems[0].hint == "did you mean 'model.layers.0.mlp.down_proj'?"
+    assert made.problems[2].message == "'re:(' matches no layer"
+
+
+def test_a_step_that_quantizes_nothing(calm: Store) -> None:
+    made = make_plan(recipe({"a": [{"quantize": {"scheme": "w4a16", "ignore": ["re:.*_proj"]}}]}), calm)
+    assert problems(made) == [("variants.a.0.quantize", "quantizes no layer of this model")]
+
+
+def test_a_variant_is_quantized_once(calm: Store) -> None:
+    quantize = {"quantize": {"scheme": "w8a16", "group_size": 32}}
+    assert [path for path, _ in problems(make_plan(recipe({"a": [quantize, quantize]}), calm))] == [
+        "variants.a.1.quantize"
+    ]
+
+
+def test_windows_longer_than_the_model_knows(calm: Store) -> None:
+    calibrate = {"source": "wiki", "samples": 2, "length": 65}
+    gptq = {"quantize": {"scheme": "w4a16", "group_size": 32, "method": "gptq", "calibrate": calibrate}}
+    suite = {"name": "smoke", "divergence": {"text": "news", "length": 128}}
+    load = recipe().benchmark.model_dump() | {"workload": {"input_tokens": 60, "output_tokens": 8}}
+    made = make_plan(recipe({"a": [gptq]}, evaluate=suite, benchmark=load), calm)
+    assert [path for path, _ in problems(made)] == [
+        "variants.a.0.quantize.calibrate.length",
+        "evaluate",
+        "benchmark.workload",
+    ]
+
+
+def test_a_quantized_base_is_refused(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG | {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    monkeypatch.setattr(sources, "base_config", lambda base, store: config)
+    made = make_plan(recipe(), calm)
+    assert problems(made) == [("base", "the base is quantized already, in awq format")]
+    assert made.stages == []
+
+
+@pytest.mark.parametrize("model_type", ["nonesuch", "vit"])
+def test_an_unknown_model_type_is_refused(calm: Store, monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
+    monkeypatch.setattr(sources, "base_config", lambda base, store: {"model_type": model_type})
+    (problem,) = make_plan(recipe(), calm).problems
+    assert (problem.path, problem.kind) == ("base", "recipe")
+    assert repr(model_type) in problem.message
+    assert "transformers" in problem.hint
+
+
+def test_missing_runtime_names_its_extra(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks = {"onnxruntime": ["onnxruntime-genai"], "transformers": []}
+    monkeypatch.setattr(machine, "missing_packages", lambda runtime, device: lacks[runtime])
+    made = make_plan(recipe(), calm)
+    assert made.missing_extras == ["cpu"]
+    assert problems(made) == [("runtimes", "runtime onnxruntime needs onnxruntime-genai")]
+    assert made.problems[0].hint == "pip install 'pennyweight[cpu]'"
+
+
+def test_cuda_without_a_gpu_has_sizes_but_no_times(calm: Store) -> None:
+    made = make_plan(recipe(device="cuda"), calm)
+    assert [(problem.path, problem.kind) for problem in made.problems] == [("device", "machine")]
+    assert made.measured is None
+    assert made.weight_bytes("export", "base@onnxruntime") == plan.onnx_bytes(
+        model_shape(CONFIG, "bfloat16"), None, "cuda"
+    )
+    assert made.expected_seconds("benchmark", "all candidates") is None
+    assert "  ? " in plan.format_plan(made)
+
+
+def test_an_unreachable_hub_leaves_sizes_unknown(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(base: Any, store: Any) -> None:
+        raise SourceError("the hub does not answer", "try later")
+
+    monkeypatch.setattr(sources, "base_config", unreachable)
+    made = make_plan(recipe(), calm)
+    assert made.problems == []
+    assert made.notes[0] == "the hub does not answer"
+    assert made.weight_bytes("source", "base") is None
+    assert "?" in plan.format_plan(made)
+    (problem,) = make_plan(recipe(base="file:/nowhere"), calm).problems
+    assert (problem.path, problem.message) == ("base", "the hub does not answer")
+
+
+# --- what will not fit ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "free_disk_bytes", lambda _: 1000)
+    made = make_plan(recipe(), calm)
+    (problem,) = made.resource_problems
+    assert "of disk; 1 kB are free" in problem.message
+    assert "PENNYWEIGHT_HOME" in problem.hint
+    assert plan.format_plan(made).startswith("Will not fit:\n  tiny: a run needs ")
+
+
+def test_too_little_memory_names_the_stage_that_needs_most(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 100 * 10**6)
+    made = make_plan(recipe(), calm)
+    worst = max(made.stages, key=lambda stage: stage.peak_memory_bytes)
+    (problem,) = made.resource_problems
+    assert problem.message.startswith(f"{worst.stage} {worst.subject} needs about ")
+    assert problem.message.endswith("of memory; 100 MB are free")
+
+
+def test_too_little_gpu_memory(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    big = CONFIG | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 8, "num_attention_heads": 32}
+    monkeypatch.setattr(sources, "base_config", lambda base, store: big)
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "small", "memory_gib": 2.0, "driver": "1"}])
+    made = make_plan(recipe(device="auto"), calm)
+    assert made.device == "cuda"
+    (problem,) = made.resource_problems
+    assert problem.message.endswith("of GPU memory; 2.15 GB are free")
+
+
+def test_a_read_only_store(calm: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    made = make_plan(recipe(), Store(blocked / "store"))
+    (problem,) = made.resource_problems
+    assert "cannot be written" in problem.message
+    assert made.measured == SPEED
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def test_speed_is_measured_once_a_day(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(machine, "measure", lambda device="cpu": calls.append(device) or SPEED)
+    assert plan.measured_speed(calm, "cpu") == plan.measured_speed(calm, "cpu") == SPEED
+    assert calls == ["cpu"]
+    monkeypatch.setattr(plan.time, "strftime", lambda *_: "1999-01-01")
+    plan.measured_speed(calm, "cpu")
+    assert calls == ["cpu", "cpu"]
+
+
+def test_an_archive_is_downloaded_once(calm: Store) -> None:
+    digest = "0" * 64
+    pinned = {"archive_sha256": digest, "bytes": 20_000_000}
+    data = {
+        "news": {"uri": "pypi:words==1.0/news.jsonl", "text": "t", **pinned},
+        "wiki": {"uri": "pypi:words==1.0/wiki.jsonl", "text": "t", **pinned},
+        "quiz": {"uri": "pypi:quiz==1.0/q.jsonl", "questions": "lettered", "bytes": 5_000_000},
+        "mine": {"uri": "file:mine.jsonl", "text": "t"},
+    }
+    made = make_plan(recipe(data=data), calm)
+    assert made.stages[1].download_bytes == 25_000_000
+    assert made.download_bytes == 25_000_000 + 2 * (EMBEDDING + 2 * LAYER + NORMS)
+
+
+def test_what_the_store_has_is_reused(calm: Store) -> None:
+    calm.get_or_build("source", {"repo": "me/tiny"}, lambda files: {"origin": "hf:me/tiny@main"})
+    source = make_plan(recipe(), calm).stages[0]
+    assert (source.reused, source.seconds, source.download_bytes) == (True, 0.0, 0)
+    assert make_plan(recipe(base="hf:me/tiny@other"), calm).stages[0].reused is False
+
+
+def test_benchmark_time_is_the_sum_of_waves(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three candidates; eight rounds at concurrency 1 and three at 4, each with one short wave before them."""
+
+    def wave(job: Any, runtime: str, step: Any, concurrency: int, input_tokens: int, output_tokens: int) -> float:
+        return {(16, 8): 1.0, (16, 2): 0.25}[input_tokens, output_tokens] * concurrency
+
+    monkeypatch.setattr(plan, "_wave_seconds", wave)
+    monkeypatch.setattr(plan, "IMPORT_SECONDS", dict.fromkeys(plan.IMPORT_SECONDS, 0.0))
+    monkeypatch.setattr(plan, "SECONDS_PER_GB", dict.fromkeys(plan.SECONDS_PER_GB, 0.0))
+    assert make_plan(recipe(), calm).expected_seconds("benchmark", "all candidates") == 3 * (
+        8 + 0.25 + 3 * 4 + 0.25 * 4
+    )
+
+
+def test_candidates_that_do_not_fit_together_are_loaded_in_turn(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = make_plan(recipe(), calm).stages[-2]
+    monkeypatch.setattr(machine, "free_memory", lambda device: 10**6)
+    in_turn = make_plan(recipe(), calm).stages[-2]
+    assert in_turn.peak_memory_bytes < together.peak_memory_bytes
+    assert in_turn.seconds > together.seconds
+    assert (together.notes, len(in_turn.notes)) == ([], 1)
+
+
+def test_libraries_are_imported_once(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make_plan(recipe(), calm).seconds
+    monkeypatch.setattr(plan, "IMPORT_SECONDS", plan.IMPORT_SECONDS | {"llmcompressor": 1003.0})
+    two = {name: [{"quantize": {"scheme": "w4a16", "group_size": 32}}] for name in ("a", "b")}
+    assert make_plan(recipe(), calm).seconds - first == pytest.approx(1000)
+    assert make_plan(recipe(two), calm).seconds < first + 1100
+
+
+def test_gptq_takes_longer_than_rounding_by_its_text(calm: Store) -> None:
+    def seconds(samples: int) -> float:
+        calibrate = {"source": "wiki", "samples": samples, "length": 64}
+        gptq = {"quantize": {"scheme": "w4a16", "group_size": 32, "method": "gptq", "calibrate": calibrate}}
+        return make_plan(recipe({"a": [gptq]}), calm).expected_seconds("quantize", "a")
+
+    rtn = make_plan(recipe(), calm).expected_seconds("quantize", "int4")
+    assert rtn < seconds(8) < seconds(64)
+    per_token = (seconds(1008) - seconds(8)) / (1000 * 64)
+    hessians = 2 * sum(columns**2 for _, columns in model_shape(CONFIG, "bfloat16").linears.values()) / 100e9
+    forward = 2 * (2 * (EMBEDDING + 2 * LAYER) / (200e9 * plan.EFFICIENCY["transformers", "bfloat16"].product))
+    calls = 2 * 2 * plan.EFFICIENCY["transformers", "bfloat16"].layer_seconds / (plan.CALIBRATION_BATCH * 64)
+    assert per_token == pytest.approx(hessians + forward + calls, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "uri", "config", "expected"),
+    [
+        ("auto", "hf:a/b@c", {"dtype": "float32"}, "float32"),
+        ("auto", "hf:a/b@c", {"torch_dtype": "bfloat16"}, "bfloat16"),
+        ("auto", "hf:a/b@c", {}, "float32"),
+        ("auto", "pypi:a==1/b.gguf", {"dtype": "float32"}, "bfloat16"),
+        ("float16", "pypi:a==1/b.gguf", {}, "float16"),
+    ],
+)
+def test_base_dtype(dtype: str, uri: str, config: dict[str, Any], expected: str) -> None:
+    assert plan.base_dtype(recipe(base={"uri": uri, "dtype": dtype}), config) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (None, "?"),
+        (0, "-"),
+        (999, "999 B"),
+        (269_030_016, "269 MB"),
+        (1_617_000_000, "1.62 GB"),
+        (999_700_000, "1000 MB"),
+    ],
+)
+def test_format_bytes(size: int | None, shown: str) -> None:
+    assert plan.format_bytes(size) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(None, "?"), (0.4, "0 s"), (59.6, "1 min 00 s"), (190, "3 min 10 s"), (7500, "2 h 05 min")]
+)
+def test_format_seconds(seconds: float | None, shown: str) -> None:
+    assert plan.format_seconds(seconds) == shown

@@ -1,0 +1,146 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pennyweight import shipped
+from pennyweight.errors import RecipeError, UsageError
+from pennyweight.recipe import Recipe, load_recipe, load_suite
+
+
+def broken(tmp_path: Path, **changes: Any) -> str:
+    """The message that the shipped recipe gives with some of its top-level keys replaced."""
+    recipe = yaml.safe_load(shipped.recipe_path("smollm2-135m-cpu").read_text())
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | changes, sort_keys=False))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(shipped.recipes()))
+def test_every_shipped_recipe_is_valid_and_complete(name: str) -> None:
+    recipe = load_recipe(name)
+    assert Recipe.model_validate(recipe.dump()) == recipe
+    assert shipped.recipes()[name].read_text().startswith("# ")
+
+
+@pytest.mark.parametrize("name", sorted(shipped.suites()))
+def test_every_shipped_suite_is_valid(name: str) -> None:
+    suite = load_suite(shipped.suites()[name])
+    assert suite.name == name
+    assert suite.metrics()
+
+
+def test_resolved_recipe_embeds_what_it_names() -> None:
+    dump = load_recipe("smollm2-135m-cpu").dump()
+    assert dump["evaluate"]["tasks"][0] == {"task": "piqa", "limit": 200}
+    assert dump["benchmark"]["price"]["usd_per_hour"] == 0.08925
+    assert dump["benchmark"]["workload"]["input_tokens"] == 64
+    assert set(dump["data"]) == {"boolq-passages", "xsum-documents", "piqa", "openbookqa"}
+    assert all(source["sha256"] for source in dump["data"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "words"),
+    [
+        ({"devise": "cpu"}, "devise", "did you mean 'device'?"),
+        ({"seed": "zero"}, "seed", "valid integer (it is 'zero')"),
+        ({"device": "gpu"}, "device", "unknown value 'gpu'"),
+        ({"variants": {"a": []}}, "variants.a", "at least one step"),
+        ({"variants": {}}, "variants", "empty"),
+        ({"variants": {"a": [{"quantise": {"scheme": "w8a16"}}]}}, "variants.a.0.kind", "did you mean 'quantize'?"),
+        ({"variants": {"a": [{"quantize": {"scheme": "w4a17"}}]}}, "variants.a.0.scheme", "did you mean 'w4a16'?"),
+        ({"variants": {"a": [{"quantize": {"scheme": "w4a16", "group_sise": 64}}]}}, "group_sise", "'group_size'"),
+        ({"variants": {"a": [{"quantize": {"scheme": "w4a16", "method": "gptq"}}]}}, "variants.a.0", "calibration text"),
+        ({"variants": {"base": [{"quantize": {"scheme": "w4a16"}}]}}, "", "own name"),
+        ({"runtimes": ["onnxruntim"]}, "runtimes.base.0", "did you mean 'onnxruntime'?"),
+        ({"evaluate": "smoke-test"}, "evaluate", "unknown suite 'smoke-test'"),
+        ({"evaluate": {"name": "x", "tasks": ["piqua"]}}, "evaluate.tasks.0.task", "did you mean 'piqa'?"),
+        ({"gate": [{"metric": "kl_maen", "max": 1}]}, "gate.0", "did you mean 'kl_mean'?"),
+        ({"gate": [{"metric": "acc", "task": "commonsense_qa_cloze", "min": 0.3}]}, "gate.0", "does not measure"),
+        ({"gate": [{"metric": "kl_mean", "max": 1, "min": 0}]}, "gate.0", "exactly one of"),
+        ({"gate": [{"metric": "kl_mean", "non_inferior_within": 0.1}]}, "gate.0", "add `task:`"),
+        ({"base": "pypi:thing==1/x.gguf"}, "base", "pinned by its wheel's digest"),
+        ({"base": "hf:owner/name"}, "base", "@REVISION"),
+        ({"base": "s3:bucket/model"}, "base", "unknown kind of source 's3'"),
+    ],
+)
+def test_mistakes_are_named_with_their_place_and_the_fix(
+    tmp_path: Path, changes: dict[str, Any], path: str, words: str
+) -> None:
+    message = broken(tmp_path, **changes)
+    assert path in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"price": "aws/c7i.lage"}, "did you mean 'aws/c7i.large'?"),
+        ({"workload": "chatt"}, "did you mean 'chat'?"),
+        ({"decide_at": 2}, "is not measured"),
+        ({"concurrency": [1, 1], "decide_at": 1}, "twice"),
+        ({"rounds": 1}, "greater than or equal to 2"),
+    ],
+)
+def test_mistakes_in_the_benchmark(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    settings = yaml.safe_load(shipped.recipe_path("smollm2-135m-cpu").read_text())["benchmark"]
+    assert words in broken(tmp_path, benchmark=settings | changes)
+
+
+def test_all_problems_come_together_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(
+        "name: bad\n"
+        "base: file:model\n"
+        "devise: cpu\n"
+        "variants:\n"
+        "  a: [{quantize: {scheme: w4a16}}]\n"
+        "  a: [{quantize: {scheme: w4a16, group_size: big}}]\n"
+        "runtimes: [onnx]\n"
+        "evaluate: smoke\n"
+        "gate: [{metric: kl_mean, max: 0.1}]\n"
+        "benchmark: {workload: chat, concurrency: [1], decide_at: 1, price: aws/c7i.large}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    lines = {(problem.path, problem.line) for problem in caught.value.problems}
+    assert ("variants.a", 6) in lines
+    assert ("devise", 3) in lines
+    assert ("runtimes.base.0", 7) in lines
+    assert ("variants.a.0.group_size", 6) in lines
+
+
+def test_what_is_not_yaml_or_not_there_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "missing.yaml")
+    path.write_text("- a\n- b\n")
+    with pytest.raises(RecipeError, match="must be a mapping"):
+        load_recipe(path)
+
+
+def test_overrides_reach_into_the_recipe() -> None:
+    overrides = ["device=cuda", "base=file:/x", "gate.0.max=0.5", "benchmark.concurrency=[1, 2]", "register=null"]
+    recipe = load_recipe("smollm2-135m-cpu", overrides)
+    assert (recipe.device, recipe.base.uri, recipe.gate[0].max) == ("cuda", "file:/x", 0.5)
+    assert (recipe.benchmark.concurrency, recipe.register_as) == ([1, 2], None)
+
+
+@pytest.mark.parametrize("override", ["device", "gate.9.max=1", "nothing.here=1", "name.x=1"])
+def test_overrides_that_fit_nowhere_are_refused(override: str) -> None:
+    with pytest.raises(UsageError):
+        load_recipe("smollm2-135m-cpu", [override])
+
+
+def test_shipped_prices_name_their_source_and_date() -> None:
+    for name, price in shipped.prices().items():
+        assert price["usd_per_hour"] > 0, name
+        assert price["source"]
+        assert price["date"]
