@@ -13,10 +13,10 @@ import yaml
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = (
-    "the a one river stone light garden walks under over near old young green quiet runs sees keeps finds gives small "
-    "large and but while because house road winter summer bird child letter water fire morning evening slowly always"
-).split()
+WORDS = """
+    the a one river stone light garden walks under over near old young green quiet runs sees keeps finds gives small large
+    and but while because house road winter summer bird child letter water fire morning evening slowly always
+""".split()  # noqa: SIM905
 
 
 def sentences(seed: int, count: int) -> list[str]:
@@ -38,7 +38,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|end|>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(sentences(0, 200), trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>").save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -68,8 +70,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_recipe(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def tiny_recipe_text(tiny_model: Path, tiny_data: Path) -> str:
     """A recipe over the tiny model; small budgets everywhere."""
     recipe = {
         "name": "tiny",
@@ -113,12 +115,4 @@ def tiny_recipe(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> Path:
             "held-out-text": {"uri": f"file:{tiny_data}/held-out.jsonl", "text": "body"},
         },
     }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return path
-
-
-@pytest.fixture(scope="session")
-def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store for the whole session, so that what one test fetched the next one finds."""
-    return tmp_path_factory.mktemp("store")
+    return yaml.safe_dump(recipe, sort_keys=False)

@@ -19,8 +19,8 @@ from pennyweight.errors import SourceError, StageError, UsageError, did_you_mean
 from pennyweight.recipe import DataSource
 from pennyweight.records import Record
 from pennyweight.sources import local_path, scheme_of
+from pennyweight.sources.wheels import WheelMember, download, open_member
 from pennyweight.store import Store, file_digest
-from pennyweight.wheels import WheelMember, download, open_member
 
 if TYPE_CHECKING:
     import numpy as np

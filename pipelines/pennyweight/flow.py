@@ -6,6 +6,7 @@ recorded as that variant's error, and the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from pennyweight import gate, machine, stages
 from pennyweight.benchmark import price_of
-from pennyweight.errors import PennyweightError, RecipeError, StoreError
+from pennyweight.errors import PennyweightError, RecipeError, StoreError, TrackingError
 from pennyweight.plan import Plan, make_plan
 from pennyweight.progress import Progress, duration, output_to
 from pennyweight.recipe import Recipe
@@ -132,7 +133,17 @@ def _finish(record: RunRecord, current: Run, begin: float) -> RunRecord:
     record = record.model_copy(update={"stages": current.times, "seconds": time.perf_counter() - begin})
     write_record(record)
     write_report(record, Path(record.run_dir) / REPORT_FILE)
+    _attach(record)
     return record
+
+
+def _attach(record: RunRecord) -> None:
+    """Put the final report and record into MLflow too: what was logged before could not name the registered version."""
+    from pennyweight import tracking
+
+    if record.tracking:
+        with contextlib.suppress(TrackingError):
+            tracking.attach_files(record.tracking, Path(record.run_dir))
 
 
 def _judge(
@@ -225,8 +236,8 @@ def _notes(recipe: Recipe, benchmark: BenchmarkReport) -> list[str]:
     ]
     if re.search(r"Q4_1\.gguf", recipe.base.uri):
         notes.append(
-            "The base's linear layers were 4-bit once (Q4_1: asymmetric, blocks of 32). Asymmetric 4-bit in blocks of 32 "
-            "would find that grid again and look free; symmetric groups, or larger ones, do not."
+            "The base's linear layers were 4-bit once (Q4_1: asymmetric, blocks of 32). Asymmetric 4-bit in blocks of "
+            "32 would find that grid again and look free; symmetric groups, or larger ones, do not."
         )
     return notes
 
@@ -255,7 +266,9 @@ def _point_latest(runs: Path, folder: Path) -> None:
 
 
 def log_again(record: RunRecord) -> RunRecord:
-    """Log a finished run to MLflow, and register its winner, where that has not been done. Updates its run.json."""
+    """Log a finished run to MLflow, and register its winner, where that has not been done. Updates its files."""
+    from pennyweight.report import write_report
+
     samples = {
         result.id: Path(result.quality.samples_path)
         for result in record.candidates
@@ -263,6 +276,8 @@ def log_again(record: RunRecord) -> RunRecord:
     }
     record = track(record, samples)
     write_record(record)
+    write_report(record, Path(record.run_dir) / REPORT_FILE)
+    _attach(record)
     return record
 
 

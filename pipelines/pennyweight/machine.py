@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 import psutil
 from pydantic import Field
@@ -438,16 +437,6 @@ def _onnxruntime_can() -> list[str]:
     return can
 
 
-def redact(uri: str) -> str:
-    """A URI without the user, the password and the query that it may carry."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc and not parts.query:
-        return uri
-    host = parts.netloc.rpartition("@")[2]
-    netloc = f"***@{host}" if "@" in parts.netloc else host
-    return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))
-
-
 def free_disk_bytes(folder: Path) -> int:
     """Free bytes on the disk that holds `folder`, or that would hold it."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
@@ -456,6 +445,8 @@ def free_disk_bytes(folder: Path) -> int:
 
 def doctor(store: Store | None = None, network: bool = False) -> dict[str, Any]:
     """What this machine has and lacks, as JSON. Asks the model hub only when `network` is true."""
+    from pennyweight import tracking as tracking_package
+
     store = store or Store()
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
     return {
@@ -469,7 +460,7 @@ def doctor(store: Store | None = None, network: bool = False) -> dict[str, Any]:
             "writable": _writable(store),
             "free_disk_gb": round(free_disk_bytes(store.root) / 1e9, 1),
         },
-        "tracking": {"uri": redact(tracking) if tracking else "the embedded SQLite store"},
+        "tracking": {"uri": tracking_package.redact(tracking) if tracking else "the embedded SQLite store"},
         "hub": _hub(network),
         "versions": environment()["versions"],
         "executable": sys.executable,
@@ -488,9 +479,11 @@ def _hub(network: bool) -> dict[str, Any]:
     """The model hub's address, and whether it answers (None: not asked)."""
     from huggingface_hub import constants
 
+    from pennyweight import tracking as tracking_package
+
     offline = bool(constants.HF_HUB_OFFLINE)
     reachable = _answers(constants.ENDPOINT) if network and not offline else None
-    return {"endpoint": redact(constants.ENDPOINT), "offline": offline, "reachable": reachable}
+    return {"endpoint": tracking_package.redact(constants.ENDPOINT), "offline": offline, "reachable": reachable}
 
 
 def _answers(endpoint: str) -> bool:

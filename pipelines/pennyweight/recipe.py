@@ -73,7 +73,7 @@ class Quantize(Section):
     ignore: list[str] = []
     """Layers to leave alone: module names, or `re:` and a regular expression."""
     head: Literal["none", "w8a16", "w4a16"] = "none"
-    """Scheme of the output head, which is left alone by default. A tied head is untied; the embedding stays as it is."""
+    """Scheme of the output head, left alone by default. A tied head is untied; the embedding stays as it is."""
     calibrate: Calibration | None = None
     """Text that gptq calibrates on: a data set's name, or `{source, samples, length}`."""
     dampening: float = Field(0.01, gt=0, lt=1)

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 #: KL between an exported file and the checkpoint that it was made from, in nats per token, above which it is refused.
 PARITY_TOLERANCE = 0.02
-PARITY_WINDOWS = 2
-PARITY_LENGTH = 128
+#: Enough tokens that one odd token does not decide.
+PARITY_WINDOWS = 4
+PARITY_LENGTH = 256
 REFERENCE_RUNTIME: RuntimeName = "transformers"
 
 
@@ -68,7 +69,7 @@ class Run:
 
     @contextmanager
     def stage(self, name: str, subject: str) -> Iterator[Stage]:
-        expected = self.plan.expected_seconds(name, subject)
+        expected = self.plan.expected_seconds(name, subject) or 0.0
         self.progress.start(name, subject, expected)
         stage, begin, error = Stage(), time.perf_counter(), None
         memory = machine.PeakMemory()
@@ -178,7 +179,7 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
     if suite.divergence:
         text = prompt_text = suite.divergence.text
         wanted["divergence"] = (text, suite.divergence.windows, suite.divergence.length, suite.seed)
-        wanted["parity"] = (text, PARITY_WINDOWS, PARITY_LENGTH, suite.seed + 1)
+        wanted["parity"] = (text, PARITY_WINDOWS, min(PARITY_LENGTH, suite.divergence.length), suite.seed + 1)
     if prompt_text is not None:
         shape = recipe.benchmark.workload
         wanted["prompts"] = (prompt_text, max(recipe.benchmark.concurrency), shape.input_tokens, recipe.seed + 2)
@@ -401,7 +402,7 @@ def benchmark(run: Run, candidates: list[Candidate], texts: Texts) -> BenchmarkR
 
     def build(_: Path) -> dict[str, Any]:
         windows = _prompts(run, texts)
-        expected = run.plan.expected_seconds("benchmark", "all candidates")
+        expected = run.plan.expected_seconds("benchmark", "all candidates") or 0.0
         with stage.library():
             report = bench.run_benchmark(
                 candidates,

@@ -114,6 +114,10 @@ def test_exported_file_predicts_what_its_checkpoint_predicts(gptq: Checkpoint, g
     assert 0 <= kl <= onnxruntime_tolerance()
 
 
+def float_model(path: str | Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
 def onnxruntime_tolerance() -> float:
     from pennyweight.stages import PARITY_TOLERANCE
 
@@ -179,7 +183,7 @@ def test_rounding_is_to_the_nearest_integer_of_the_group(tiny_model: Path, tmp_p
 def test_gptq_loses_less_than_rounding_on_the_text_it_saw(tiny_model: Path, tmp_path: Path, gptq: Checkpoint) -> None:
     rtn = make(tiny_model, tmp_path / "rtn", head="w8a16")
     base, *others = (
-        torch.log_softmax(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(torch.from_numpy(WINDOWS)).logits, -1)
+        torch.log_softmax(float_model(path)(torch.from_numpy(WINDOWS)).logits, -1)
         for path in (tiny_model, rtn.path, gptq.path)
     )  # fmt: skip
     kl_rtn, kl_gptq = ((base.exp() * (base - other)).sum(-1).mean().item() for other in others)

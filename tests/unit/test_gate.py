@@ -37,7 +37,9 @@ def point(usd: float, saving: tuple[float, float, float] | None, slo_met: bool |
     )  # fmt: skip
 
 
-def cost(usd: float, saving: tuple[float, float, float] | None = (0.5, 0.4, 0.6), slo: bool | None = None) -> CostReport:
+def cost(
+    usd: float, saving: tuple[float, float, float] | None = (0.5, 0.4, 0.6), slo: bool | None = None
+) -> CostReport:
     return CostReport(candidate="a@b", usd_per_hour=1, points=[point(usd, saving, slo)])
 
 

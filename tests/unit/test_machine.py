@@ -172,19 +172,6 @@ def test_resolve_device(monkeypatch: pytest.MonkeyPatch, asked: str, gpus: list,
     assert machine.resolve_device(asked) == device
 
 
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("https://me:secret@mlflow.example:5000/x", "https://***@mlflow.example:5000/x"),
-        ("postgresql://me:p%40ss@db/mlflow?sslpassword=x", "postgresql://***@db/mlflow?***"),
-        ("http://localhost:5000", "http://localhost:5000"),
-        ("sqlite:///mlflow/local/mlflow.db", "sqlite:///mlflow/local/mlflow.db"),
-    ],
-)
-def test_redact(uri: str, shown: str) -> None:
-    assert machine.redact(uri) == shown
-
-
 def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(machine, "installed_version", lambda name: "1.0" if name in names else None)
 

@@ -142,7 +142,7 @@ def test_packed_bytes_equal_what_llm_compressor_writes(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(LlamaConfig(**CONFIG), dtype="bfloat16").save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     settings = step(head="w8a16", ignore=["re:.*k_proj", "model.layers.0.mlp.up_proj"])
-    oneshot(model=model, recipe=modifiers(settings, body_targets(model)), tokenizer=None)
+    oneshot(model=model, recipe=modifiers(settings, body_targets(model), "float32"), tokenizer=None)
     model.save_pretrained(tmp_path / "quantized", save_compressed=True)
     with safe_open(tmp_path / "quantized" / "model.safetensors", "pt") as tensors:
         written = sum(tensors.get_tensor(name).nbytes for name in tensors.keys())  # noqa: SIM118

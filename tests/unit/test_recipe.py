@@ -36,7 +36,7 @@ def test_every_shipped_suite_is_valid(name: str) -> None:
 
 def test_resolved_recipe_embeds_what_it_names() -> None:
     dump = load_recipe("smollm2-135m-cpu").dump()
-    assert dump["evaluate"]["tasks"][0] == {"task": "piqa", "limit": 200}
+    assert dump["evaluate"]["tasks"][0] == {"task": "piqa", "limit": 150}
     assert dump["benchmark"]["price"]["usd_per_hour"] == 0.08925
     assert dump["benchmark"]["workload"]["input_tokens"] == 64
     assert set(dump["data"]) == {"boolq-passages", "xsum-documents", "piqa", "openbookqa"}
@@ -54,7 +54,11 @@ def test_resolved_recipe_embeds_what_it_names() -> None:
         ({"variants": {"a": [{"quantise": {"scheme": "w8a16"}}]}}, "variants.a.0.kind", "did you mean 'quantize'?"),
         ({"variants": {"a": [{"quantize": {"scheme": "w4a17"}}]}}, "variants.a.0.scheme", "did you mean 'w4a16'?"),
         ({"variants": {"a": [{"quantize": {"scheme": "w4a16", "group_sise": 64}}]}}, "group_sise", "'group_size'"),
-        ({"variants": {"a": [{"quantize": {"scheme": "w4a16", "method": "gptq"}}]}}, "variants.a.0", "calibration text"),
+        (
+            {"variants": {"a": [{"quantize": {"scheme": "w4a16", "method": "gptq"}}]}},
+            "variants.a.0",
+            "calibration text",
+        ),
         ({"variants": {"base": [{"quantize": {"scheme": "w4a16"}}]}}, "", "own name"),
         ({"runtimes": ["onnxruntim"]}, "runtimes.base.0", "did you mean 'onnxruntime'?"),
         ({"evaluate": "smoke-test"}, "evaluate", "unknown suite 'smoke-test'"),

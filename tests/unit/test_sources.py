@@ -21,9 +21,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pennyweight import shipped, sources, wheels
+from pennyweight import shipped, sources
 from pennyweight.errors import SourceError, StoreError, UsageError
 from pennyweight.recipe import Base
+from pennyweight.sources import wheels
 from pennyweight.store import Store, folder_digest
 
 WEIGHT = np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)

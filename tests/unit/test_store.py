@@ -75,7 +75,8 @@ def test_the_first_of_two_that_build_the_same_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written"), (errno.EACCES, "cannot be")]
+    ("code", "words"),
+    [(errno.ENOSPC, "no space left"), (errno.EROFS, "cannot be written"), (errno.EACCES, "cannot be")],
 )
 def test_disk_errors_say_what_to_do(tmp_path: Path, code: int, words: str) -> None:
     def build(files: Path) -> dict:

@@ -1,4 +1,4 @@
-"""All candidates → what a token costs on each: one stage over the whole set, in turn, in one session, on one machine."""
+"""All candidates → what a token costs on each: one stage over the whole set, in turns, on one machine."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def token_kl(base: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:
 
 
 def metrics(tokens: TokenDivergence) -> dict[str, MetricValue]:
-    """The suite's divergence metrics. Standard errors treat each window as one draw: tokens in it depend on each other."""
+    """The suite's divergence metrics. Standard errors take each window as one draw: its tokens are not independent."""
     n = tokens.kl.size
     perplexity = math.exp(tokens.nll.mean())
     perplexity_base = math.exp(tokens.nll_base.mean())

@@ -1,7 +1,7 @@
-"""Runtimes: checkpoint → candidate, and candidate → tokens and log-likelihoods. One file a runtime; `RUNTIMES` names all.
+"""Runtimes: checkpoint → candidate, and candidate → tokens and log-likelihoods. One file a runtime.
 
-A runtime has two halves. `export` turns a checkpoint into files that the runtime loads; a runtime that loads checkpoints
-as they are has none. `load` gives a `Session`, the one small interface that evaluation and benchmark use.
+A runtime has two halves. `export` turns a checkpoint into files that the runtime loads; one that loads checkpoints as
+they are has none. `load` gives a `Session`, the one small interface that evaluation and benchmark use.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Session(Protocol):
         """
 
     def generate(self, ids: np.ndarray, new_tokens: int) -> Generation:
-        """Greedy continuation of `ids`, int64 (requests, length), by exactly `new_tokens` tokens each, served as a wave."""
+        """Greedy continuation of `ids`, int64 (requests, length), by `new_tokens` tokens each, served as a wave."""
 
     def close(self) -> None:
         """Give the memory back."""

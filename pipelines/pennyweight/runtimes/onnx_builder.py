@@ -1,8 +1,8 @@
-"""Runs onnxruntime-genai's model builder in a process of its own: `python -m pennyweight.runtimes.onnx_builder JOB.json`.
+"""Runs onnxruntime-genai's model builder in a process of its own: `python -m … JOB.json`.
 
 The builder prints thousands of lines, changes `sys.path`, and holds the whole model in memory; none of that should
-outlast it. One thing is added to it: its reader of GPTQ checkpoints expects every linear layer to be quantized, and here
-the layers that a variant leaves alone stay as they are.
+outlast it. One thing is added to it: its reader of GPTQ checkpoints expects every linear layer to be quantized, and
+here the layers that a variant leaves alone stay as they are.
 """
 
 from __future__ import annotations

@@ -93,17 +93,16 @@ def _attention_is_uniform(layers: dict[str, QuantizedLinear]) -> bool:
 def _drop_symmetric_zero_points(files: Path) -> None:
     """Remove zero points that say what MatMulNBits assumes without them, 2^(bits−1): smaller, and faster to read."""
     import onnx
-    from onnx import numpy_helper
 
     model = onnx.load(files / MODEL)
     values = {tensor.name: tensor for tensor in model.graph.initializer}
     dropped = set()
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits" and len(node.input) > 3:
-            default = {4: 0x88, 8: 0x80}[_attribute(node, "bits")]
-            if (numpy_helper.to_array(values[node.input[3]]) == default).all():
-                dropped.add(node.input[3])
-                del node.input[3:]
+        if node.op_type != "MatMulNBits" or len(node.input) <= 3:
+            continue
+        if (_zero_points(node, values) == 2 ** (_attribute(node, "bits") - 1)).all():
+            dropped.add(node.input[3])
+            del node.input[3:]
     if not dropped:
         return
     kept = [tensor for tensor in model.graph.initializer if tensor.name not in dropped]
@@ -152,11 +151,20 @@ def read_integers(files: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.nda
         blob = numpy_helper.to_array(values[node.input[1]]).reshape(rows, -1)
         scales = numpy_helper.to_array(values[node.input[2]]).reshape(rows, groups)
         if len(node.input) > 3 and node.input[3]:
-            zeros = _nibbles(numpy_helper.to_array(values[node.input[3]]).reshape(rows, -1), bits)[:, :groups]
+            zeros = _zero_points(node, values)
         else:
             zeros = np.full((rows, groups), 2 ** (bits - 1), np.uint8)
         found[name] = (_nibbles(blob, bits)[:, :columns], scales, zeros)
     return found
+
+
+def _zero_points(node: Any, values: dict[str, Any]) -> np.ndarray:
+    """uint8 (out, groups). A row of an odd number of 4-bit groups is padded to whole bytes."""
+    from onnx import numpy_helper
+
+    bits, rows, columns = (_attribute(node, key) for key in ("bits", "N", "K"))
+    groups = -(-columns // _attribute(node, "block_size"))
+    return _nibbles(numpy_helper.to_array(values[node.input[3]]).reshape(rows, -1), bits)[:, :groups]
 
 
 def sizes(files: Path) -> tuple[int, int]:

@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from pydantic import Field, computed_field
+from typing import Any
 
 from pennyweight import machine
-from pennyweight.errors import Problem, SourceError, StoreError, did_you_mean
+from pennyweight.errors import SourceError, StoreError, did_you_mean
 from pennyweight.machine import Measured
-from pennyweight.recipe import Base, Quantize, Recipe, scheme_bits
-from pennyweight.records import Record
+from pennyweight.plan.records import Plan, PlanProblem, StageEstimate
+from pennyweight.plan.show import format_bytes, format_plan, format_seconds
+from pennyweight.plan.sizes import (
+    ITEMSIZE,
+    ModelShape,
+    ceil_div,
+    dense_bytes,
+    is_ignored,
+    model_shape,
+    onnx_bytes,
+    packed_bytes,
+    quantized_layers,
+)
+from pennyweight.recipe import Base, Quantize, Recipe
 from pennyweight.store import RECORD, Store
+
+__all__ = ["Plan", "PlanProblem", "format_bytes", "format_plan", "format_seconds", "make_plan"]
 
 MB = 10**6
 
@@ -71,8 +82,6 @@ QUESTION_TOKENS = 64
 CALIBRATION_BATCH = 8
 #: Shape of the wave that warms a candidate up before those that are counted: tokens in, at most, and out.
 WARM_UP = (16, 2)
-#: The exported tensors that are counted are larger than this; scalars and tiny vectors stay inside the graph.
-ONNX_SMALL_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -105,271 +114,6 @@ EFFICIENCY = {
 TASK_SHAPES = {"piqa": (1500, 2, 28), "openbookqa": (500, 4, 18), "commonsense_qa_cloze": (1221, 5, 22)}
 #: The same for a task that is not in the table.
 UNKNOWN_TASK = (1000, 4, 40)
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-# --- records ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlanProblem(Problem):
-    """A problem found before work. `recipe` and `machine` need another recipe or set-up, `resource` more room."""
-
-    kind: Literal["recipe", "machine", "resource"] = "recipe"
-
-
-class StageEstimate(Record):
-    """What one stage will take. None where the base's shapes are not known yet."""
-
-    stage: str = Field(description="source, data, quantize, export, reference, evaluate, benchmark, track")
-    subject: str
-    seconds: float | None
-    peak_memory_bytes: int | None = Field(description="of the process and its children, libraries included")
-    disk_bytes: int | None = Field(description="what the stage leaves on disk")
-    download_bytes: int | None = Field(0, description="None where the source does not say before the download")
-    weight_bytes: int | None = Field(None, description="bytes of the tensors that the stage writes; exact")
-    reused: bool = Field(False, description="the store has the result already")
-    notes: list[str] = Field(default_factory=list)
-
-
-class Plan(Record):
-    """What a run of a recipe will take on this machine, and what stands in its way."""
-
-    name: str
-    device: Literal["cpu", "cuda"]
-    stages: list[StageEstimate]
-    problems: list[PlanProblem]
-    missing_extras: list[str] = Field(description="extras of this package to install")
-    measured: Measured | None = Field(description="None for a GPU that is not there")
-    free_disk_bytes: int
-    available_memory_bytes: int
-    notes: list[str] = Field(default_factory=list)
-
-    @computed_field
-    @property
-    def seconds(self) -> float:
-        """Sum over the stages; a lower bound where a stage's time is unknown."""
-        return sum(stage.seconds or 0.0 for stage in self.stages)
-
-    @computed_field
-    @property
-    def peak_memory_bytes(self) -> int | None:
-        return max((stage.peak_memory_bytes for stage in self.stages if stage.peak_memory_bytes), default=None)
-
-    @computed_field
-    @property
-    def disk_bytes(self) -> int:
-        return sum(stage.disk_bytes or 0 for stage in self.stages if not stage.reused)
-
-    @computed_field
-    @property
-    def download_bytes(self) -> int:
-        return sum(stage.download_bytes or 0 for stage in self.stages)
-
-    def weight_bytes(self, stage: str, subject: str) -> int | None:
-        """Exact tensor bytes that `stage` writes for `subject`; None where there is no such stage."""
-        return next((s.weight_bytes for s in self.stages if (s.stage, s.subject) == (stage, subject)), None)
-
-    @property
-    def resource_problems(self) -> list[PlanProblem]:
-        """Too little disk or memory, or a store that cannot be written."""
-        return [problem for problem in self.problems if problem.kind == "resource"]
-
-    def expected_seconds(self, stage: str, subject: str) -> float | None:
-        """Estimate for one stage; None where it is unknown or there is no such stage."""
-        return next((s.seconds for s in self.stages if (s.stage, s.subject) == (stage, subject)), None)
-
-
-# --- shapes and exact sizes -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A decoder's tensors, as its config declares them."""
-
-    linears: dict[str, tuple[int, int]]
-    """Linear layers without the head: name → (out, in)."""
-    others: dict[str, int]
-    """Elements of every other tensor but the embedding and the head: norms, biases, buffers."""
-    head: tuple[int, int]
-    """(vocabulary, hidden size), the embedding's shape too."""
-    head_name: str
-    tied: bool
-    """The head is the embedding, transposed."""
-    layers: int
-    kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    context: int
-    """Positions that the model knows."""
-    intermediate: int
-    dtype: str
-
-    @property
-    def hidden(self) -> int:
-        return self.head[1]
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors in a checkpoint, a tied head's once."""
-        matrices = sum(rows * columns for rows, columns in self.linears.values())
-        return matrices + sum(self.others.values()) + math.prod(self.head) * (1 if self.tied else 2)
-
-    @property
-    def product_weights(self) -> int:
-        """Weights that every token is multiplied with: 2 floating-point operations each."""
-        return sum(rows * columns for rows, columns in self.linears.values()) + math.prod(self.head)
-
-    def kv_bytes(self, itemsize: int) -> int:
-        """Bytes of one token's keys and values."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
-
-
-def model_shape(config: dict[str, Any], dtype: str) -> ModelShape:
-    """Shapes of the decoder that `config` declares; takes no memory for its weights.
-
-    `dtype` is what its checkpoint is stored in. Raises ValueError for a model type that transformers does not know.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    body = {key: value for key, value in config.items() if key != "quantization_config"}
-    parsed = AutoConfig.for_model(**body)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(parsed)
-    head = model.get_output_embeddings()
-    names = {module: name for name, module in model.named_modules()}
-    linears = {
-        name: (module.out_features, module.in_features)
-        for module, name in names.items()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    embedding = names[model.get_input_embeddings()]
-    matrices = {f"{name}.weight" for name in (*linears, names[head], embedding)}
-    text = parsed.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rotary = getattr(text, "partial_rotary_factor", None) or 1.0
-    return ModelShape(
-        linears=linears,
-        others={name: value.numel() for name, value in model.state_dict().items() if name not in matrices},
-        head=(head.out_features, head.in_features),
-        head_name=names[head],
-        tied=head.weight is model.get_input_embeddings().weight,
-        layers=text.num_hidden_layers,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=head_dim,
-        rotary_dim=int(head_dim * rotary),
-        context=text.max_position_embeddings,
-        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        dtype=dtype,
-    )
-
-
-def quantized_layers(shape: ModelShape, step: Quantize) -> dict[str, tuple[int, int, int]]:
-    """Layers that a step quantizes: name → (out, in, bits)."""
-    chosen = {name: (*size, step.bits) for name, size in shape.linears.items() if not _ignored(name, step.ignore)}
-    if step.head != "none":
-        chosen[shape.head_name] = (*shape.head, scheme_bits(step.head))
-    return chosen
-
-
-def _ignored(name: str, patterns: list[str]) -> bool:
-    """compressed-tensors' rule: a module's full name, or `re:` and an expression that matches from its start.
-
-    An expression that cannot be compiled matches nothing, and is reported as such.
-    """
-    return any(
-        _expression(pattern).match(name) if pattern.startswith("re:") else pattern == name for pattern in patterns
-    )
-
-
-def _expression(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern.removeprefix("re:"))
-    except re.error:
-        return re.compile("(?!)")
-
-
-def dense_bytes(shape: ModelShape) -> int:
-    """Tensor bytes of a checkpoint stored in one floating-point dtype."""
-    return shape.parameters * ITEMSIZE[shape.dtype]
-
-
-def packed_bytes(shape: ModelShape, step: Quantize) -> int:
-    """Tensor bytes of a quantized checkpoint in compressed-tensors' `pack-quantized` format.
-
-    Each quantized layer (out, in) in groups of g holds weight_packed, int32 (out, ⌈in·bits/32⌉); weight_scale in the
-    model's dtype (out, in/g); weight_shape, 2 × int64; and where asymmetric weight_zero_point, int32 (⌈out·bits/32⌉,
-    in/g). A tied head that is quantized is stored beside the embedding, which stays as it is.
-    """
-    itemsize = ITEMSIZE[shape.dtype]
-    total = dense_bytes(shape)
-    for name, (rows, columns, bits) in quantized_layers(shape, step).items():
-        groups = columns // step.group_size
-        if not (name == shape.head_name and shape.tied):
-            total -= rows * columns * itemsize
-        total += 4 * rows * _ceil(columns * bits, 32) + itemsize * rows * groups + 16
-        if not step.symmetric:
-            total += 4 * _ceil(rows * bits, 32) * groups
-    return total
-
-
-def onnx_bytes(shape: ModelShape, step: Quantize | None, device: str) -> int:
-    """Tensor bytes of an exported ONNX model: the sum over its graph's initializers larger than 1 KiB."""
-    return sum(size for size in onnx_tensors(shape, step, device) if size > ONNX_SMALL_BYTES)
-
-
-def onnx_tensors(shape: ModelShape, step: Quantize | None, device: str) -> Iterator[int]:
-    """Bytes of each initializer that onnxruntime-genai's builder writes for a Llama-like decoder.
-
-    What is not quantized is float32 on the CPU and float16 on CUDA; a tied head is stored once, and beside the
-    embedding where it is quantized; q, k and v are merged. MatMulNBits holds for each layer (out, in) in groups of g:
-    uint8 integers (out, in/g, g·bits/8), scales (out · in/g), and where `_has_zero_points`, uint8 (out, ⌈in/g·bits/8⌉).
-    The rotary embedding's cosines and sines are two tables (positions, rotary size / 2).
-    """
-    itemsize = 2 if device == "cuda" else 4
-    chosen = quantized_layers(shape, step) if step else {}
-    matrices = {**shape.linears, shape.head_name: shape.head}
-    for name, parts in _merged(matrices, chosen).items():
-        rows, columns = sum(matrices[part][0] for part in parts), matrices[name][1]
-        if name not in chosen or step is None:
-            yield rows * columns * itemsize
-            continue
-        bits, groups = chosen[name][2], columns // step.group_size
-        yield rows * columns * bits // 8
-        yield rows * groups * itemsize
-        if _has_zero_points(step, groups, bits):
-            yield rows * _ceil(groups * bits, 8)
-    if not shape.tied or shape.head_name in chosen:
-        yield math.prod(shape.head) * itemsize
-    for parts in _merged(shape.others, chosen, ".bias").values():
-        yield sum(shape.others[part] for part in parts) * itemsize
-    yield from 2 * [shape.context * (shape.rotary_dim // 2) * itemsize]
-
-
-def _merged(tensors: dict[str, Any], chosen: dict[str, Any], suffix: str = "") -> dict[str, list[str]]:
-    """Exported tensor, named by its first part → its parts: q, k and v, unless some layer quantizes only a part."""
-    kept = {name: [name] for name in tensors}
-    stems = [name.removesuffix(f"q_proj{suffix}") for name in tensors if name.endswith(f".q_proj{suffix}")]
-    attentions = [[f"{stem}{letter}_proj" for letter in "qkv"] for stem in stems]
-    if any(len({part in chosen for part in parts}) > 1 for parts in attentions):
-        return kept
-    for parts in attentions:
-        names = [f"{part}{suffix}" for part in parts]
-        if all(name in tensors for name in names):
-            kept[names[0]] = names
-            del kept[names[1]], kept[names[2]]
-    return kept
-
-
-def _has_zero_points(step: Quantize, groups: int, bits: int) -> bool:
-    """Symmetric zero points are dropped, unless a row of them ends in the middle of a byte."""
-    return not step.symmetric or groups * bits % 8 != 0
-
-
-def _ceil(value: int, divisor: int) -> int:
-    return -(-value // divisor)
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
@@ -525,7 +269,7 @@ def _check_steps(recipe: Recipe, shape: ModelShape, found: _Problems) -> None:
 def _check_ignore(path: str, step: Quantize, shape: ModelShape, found: _Problems) -> None:
     names = [*shape.linears, shape.head_name]
     for index, pattern in enumerate(step.ignore):
-        if not any(_ignored(name, [pattern]) for name in names):
+        if not any(is_ignored(name, [pattern]) for name in names):
             hint = f"a layer here is called {names[0]}" if pattern.startswith("re:") else did_you_mean(pattern, names)
             found.add(f"{path}.ignore.{index}", f"{pattern!r} matches no layer", hint)
 
@@ -930,7 +674,7 @@ def _score_seconds(job: _Job, runtime: str, dtype: str, tokens: int, batch_token
         return None
     efficiency = EFFICIENCY[runtime, dtype]
     products = 2 * tokens * job.shape.product_weights / (_rate(job, dtype) * efficiency.product)
-    return products + _ceil(tokens, max(batch_tokens, 1)) * job.shape.layers * efficiency.layer_seconds
+    return products + ceil_div(tokens, max(batch_tokens, 1)) * job.shape.layers * efficiency.layer_seconds
 
 
 def _compare_seconds(job: _Job, tokens: int) -> float | None:
@@ -989,78 +733,3 @@ def _in_store(store: Store, stage: str, uri: str) -> bool:
         except OSError:
             continue
     return False
-
-
-# --- showing it -------------------------------------------------------------------------------------------------------
-
-
-def format_plan(plan: Plan) -> str:
-    """The plan for a terminal: what stands in the way first, then a line a stage, then the totals."""
-    lines: list[str] = []
-    room = [problem for problem in plan.problems if problem.kind == "resource"]
-    wrong = [problem for problem in plan.problems if problem.kind != "resource"]
-    if room:
-        lines += ["Will not fit:", *(_indented(problem) for problem in room), ""]
-    if wrong:
-        lines += ["Cannot run:", *(_indented(problem) for problem in wrong), ""]
-    if plan.stages:
-        rows = [("stage", "subject", "time", "memory", "disk", "download", "weights"), *map(_row, plan.stages)]
-        rows.append(_totals(plan))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        table = [_line(row, widths) for row in rows]
-        rule = "-" * max(map(len, table))
-        lines += [table[0], rule, *table[1:-1], rule, table[-1]]
-    lines += [f"note: {note}" for note in [*plan.notes, *_stage_notes(plan)]]
-    return "\n".join(lines)
-
-
-def _stage_notes(plan: Plan) -> list[str]:
-    return list(dict.fromkeys(note for stage in plan.stages if stage.stage != "quantize" for note in stage.notes))
-
-
-def _row(stage: StageEstimate) -> tuple[str, ...]:
-    subject = stage.subject if len(stage.subject) <= 44 else f"{stage.subject[:43]}…"
-    took = "in store" if stage.reused else format_seconds(stage.seconds)
-    sizes = (stage.peak_memory_bytes, stage.disk_bytes, stage.download_bytes)
-    weights = "" if stage.weight_bytes is None else f"{stage.weight_bytes:,}"
-    return (stage.stage, subject, took, *map(format_bytes, sizes), weights)
-
-
-def _totals(plan: Plan) -> tuple[str, ...]:
-    sizes = (plan.peak_memory_bytes, plan.disk_bytes, plan.download_bytes)
-    at_least = "> " if any(stage.seconds is None for stage in plan.stages) else ""
-    took = at_least + format_seconds(plan.seconds)
-    return ("total", f"on {plan.device}", took, *map(format_bytes, sizes), "")
-
-
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
-    return "  ".join(cells).rstrip()
-
-
-def _indented(problem: Problem) -> str:
-    return "  " + str(problem)
-
-
-def format_seconds(seconds: float | None) -> str:
-    """`42 s`, `3 min 10 s`, `2 h 05 min`, or `?`."""
-    if seconds is None:
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def format_bytes(size: int | None) -> str:
-    """Decimal units with three digits (`269 MB`, `1.62 GB`), `-` for nothing, `?` for unknown."""
-    if size is None:
-        return "?"
-    if size == 0:
-        return "-"
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}" if size < 999.5 * scale else f"{size / scale:.0f} {unit}"
-    return f"{size} B"

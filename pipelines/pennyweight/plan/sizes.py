@@ -1,0 +1,198 @@
+"""Shapes of a model's tensors, and the exact bytes of the checkpoints and exports made from them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pennyweight.recipe import Quantize, scheme_bits
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+#: The exported tensors that are counted are larger than this; scalars and tiny vectors stay inside the graph.
+ONNX_SMALL_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder's tensors, as its config declares them."""
+
+    linears: dict[str, tuple[int, int]]
+    """Linear layers without the head: name → (out, in)."""
+    others: dict[str, int]
+    """Elements of every other tensor but the embedding and the head: norms, biases, buffers."""
+    head: tuple[int, int]
+    """(vocabulary, hidden size), the embedding's shape too."""
+    head_name: str
+    tied: bool
+    """The head is the embedding, transposed."""
+    layers: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    context: int
+    """Positions that the model knows."""
+    intermediate: int
+    dtype: str
+
+    @property
+    def hidden(self) -> int:
+        return self.head[1]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors in a checkpoint, a tied head's once."""
+        matrices = sum(rows * columns for rows, columns in self.linears.values())
+        return matrices + sum(self.others.values()) + math.prod(self.head) * (1 if self.tied else 2)
+
+    @property
+    def product_weights(self) -> int:
+        """Weights that every token is multiplied with: 2 floating-point operations each."""
+        return sum(rows * columns for rows, columns in self.linears.values()) + math.prod(self.head)
+
+    def kv_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's keys and values."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * itemsize
+
+
+def model_shape(config: dict[str, Any], dtype: str) -> ModelShape:
+    """Shapes of the decoder that `config` declares; takes no memory for its weights.
+
+    `dtype` is what its checkpoint is stored in. Raises ValueError for a model type that transformers does not know.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    body = {key: value for key, value in config.items() if key != "quantization_config"}
+    parsed = AutoConfig.for_model(**body)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(parsed)
+    head = model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    linears = {
+        name: (module.out_features, module.in_features)
+        for module, name in names.items()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    embedding = names[model.get_input_embeddings()]
+    matrices = {f"{name}.weight" for name in (*linears, names[head], embedding)}
+    text = parsed.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rotary = getattr(text, "partial_rotary_factor", None) or 1.0
+    return ModelShape(
+        linears=linears,
+        others={name: value.numel() for name, value in model.state_dict().items() if name not in matrices},
+        head=(head.out_features, head.in_features),
+        head_name=names[head],
+        tied=head.weight is model.get_input_embeddings().weight,
+        layers=text.num_hidden_layers,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=head_dim,
+        rotary_dim=int(head_dim * rotary),
+        context=text.max_position_embeddings,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        dtype=dtype,
+    )
+
+
+def quantized_layers(shape: ModelShape, step: Quantize) -> dict[str, tuple[int, int, int]]:
+    """Layers that a step quantizes: name → (out, in, bits)."""
+    chosen = {name: (*size, step.bits) for name, size in shape.linears.items() if not is_ignored(name, step.ignore)}
+    if step.head != "none":
+        chosen[shape.head_name] = (*shape.head, scheme_bits(step.head))
+    return chosen
+
+
+def is_ignored(name: str, patterns: list[str]) -> bool:
+    """compressed-tensors' rule: a module's full name, or `re:` and an expression that matches from its start.
+
+    An expression that cannot be compiled matches nothing, and is reported as such.
+    """
+    return any(
+        _expression(pattern).match(name) if pattern.startswith("re:") else pattern == name for pattern in patterns
+    )
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern.removeprefix("re:"))
+    except re.error:
+        return re.compile("(?!)")
+
+
+def dense_bytes(shape: ModelShape) -> int:
+    """Tensor bytes of a checkpoint stored in one floating-point dtype."""
+    return shape.parameters * ITEMSIZE[shape.dtype]
+
+
+def packed_bytes(shape: ModelShape, step: Quantize) -> int:
+    """Tensor bytes of a quantized checkpoint in compressed-tensors' `pack-quantized` format.
+
+    Each quantized layer (out, in) in groups of g holds weight_packed, int32 (out, ⌈in·bits/32⌉); weight_scale in the
+    model's dtype (out, in/g); weight_shape, 2 × int64; and where asymmetric weight_zero_point, int32 (⌈out·bits/32⌉,
+    in/g). A tied head that is quantized is stored beside the embedding, which stays as it is.
+    """
+    itemsize = ITEMSIZE[shape.dtype]
+    total = dense_bytes(shape)
+    for name, (rows, columns, bits) in quantized_layers(shape, step).items():
+        groups = columns // step.group_size
+        if not (name == shape.head_name and shape.tied):
+            total -= rows * columns * itemsize
+        total += 4 * rows * ceil_div(columns * bits, 32) + itemsize * rows * groups + 16
+        if not step.symmetric:
+            total += 4 * ceil_div(rows * bits, 32) * groups
+    return total
+
+
+def onnx_bytes(shape: ModelShape, step: Quantize | None, device: str) -> int:
+    """Tensor bytes of an exported ONNX model: the sum over its graph's initializers larger than 1 KiB."""
+    return sum(size for size in onnx_tensors(shape, step, device) if size > ONNX_SMALL_BYTES)
+
+
+def onnx_tensors(shape: ModelShape, step: Quantize | None, device: str) -> Iterator[int]:
+    """Bytes of each initializer that onnxruntime-genai's builder writes for a Llama-like decoder.
+
+    What is not quantized is float32 on the CPU and float16 on CUDA; a tied head is stored once, and beside the
+    embedding where it is quantized; q, k and v are merged. MatMulNBits holds for each layer (out, in) in groups of g:
+    uint8 integers (out, in/g, g·bits/8), scales (out · in/g), and if asymmetric uint8 zero points (out, ⌈in/g·bits/8⌉).
+    The rotary embedding's cosines and sines are two tables (positions, rotary size / 2).
+    """
+    itemsize = 2 if device == "cuda" else 4
+    chosen = quantized_layers(shape, step) if step else {}
+    matrices = {**shape.linears, shape.head_name: shape.head}
+    for name, parts in _merged(matrices, chosen).items():
+        rows, columns = sum(matrices[part][0] for part in parts), matrices[name][1]
+        if name not in chosen or step is None:
+            yield rows * columns * itemsize
+            continue
+        bits, groups = chosen[name][2], columns // step.group_size
+        yield rows * columns * bits // 8
+        yield rows * groups * itemsize
+        if not step.symmetric:
+            yield rows * ceil_div(groups * bits, 8)
+    if not shape.tied or shape.head_name in chosen:
+        yield math.prod(shape.head) * itemsize
+    for parts in _merged(shape.others, chosen, ".bias").values():
+        yield sum(shape.others[part] for part in parts) * itemsize
+    yield from 2 * [shape.context * (shape.rotary_dim // 2) * itemsize]
+
+
+def _merged(tensors: dict[str, Any], chosen: dict[str, Any], suffix: str = "") -> dict[str, list[str]]:
+    """Exported tensor, named by its first part → its parts: q, k and v, unless some layer quantizes only a part."""
+    kept = {name: [name] for name in tensors}
+    stems = [name.removesuffix(f"q_proj{suffix}") for name in tensors if name.endswith(f".q_proj{suffix}")]
+    attentions = [[f"{stem}{letter}_proj" for letter in "qkv"] for stem in stems]
+    if any(len({part in chosen for part in parts}) > 1 for parts in attentions):
+        return kept
+    for parts in attentions:
+        names = [f"{part}{suffix}" for part in parts]
+        if all(name in tensors for name in names):
+            kept[names[0]] = names
+            del kept[names[1]], kept[names[2]]
+    return kept
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
