@@ -14,8 +14,9 @@ os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 WORDS = """
-    the a one river stone light garden walks under over near old young green quiet runs sees keeps finds gives small large
-    and but while because house road winter summer bird child letter water fire morning evening slowly always
+    the a one river stone light garden walks under over near old young green quiet runs sees keeps
+    finds gives small large and but while because house road winter summer bird child letter water fire morning
+    evening slowly always
 """.split()  # noqa: SIM905
 
 
