@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from pennyweight import cli
-from pennyweight.recipe import WORKLOADS, Recipe, Section
+from pennyweight.recipe import STEPS, WORKLOADS, Recipe, Section
 from pennyweight.records import RunRecord
 
 ROOT = Path(__file__).parents[1]
@@ -34,11 +34,46 @@ def main() -> int:
 
 def pages() -> dict[str, str]:
     return {
-        "recipes/schema.json": _json(Recipe.model_json_schema(by_alias=True)),
+        "recipes/schema.json": _json(recipe_schema()),
         "docs/reference/run.schema.json": _json(RunRecord.model_json_schema(by_alias=True)),
         "docs/reference/recipe.md": recipe_page(),
         "docs/reference/commands.md": commands_page(),
     }
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The schema that editors complete recipes with: the short spellings are allowed too, as loading allows them."""
+    schema = Recipe.model_json_schema(by_alias=True)
+    runtime_names = schema["$defs"]["Runtimes"]["properties"]["base"]
+    short = {
+        **dict.fromkeys(("Base", "Suite", "PriceSpec", "Calibration", "TaskRef"), {"type": "string"}),
+        "Workload": {"enum": list(WORKLOADS)},
+        "Runtimes": runtime_names,
+    }
+    for kind, model in STEPS.items():
+        schema["$defs"][model.__name__]["properties"].pop("kind")
+        schema["$defs"][f"{kind} step"] = {
+            "type": "object",
+            "properties": {kind: {"$ref": f"#/$defs/{model.__name__}"}},
+            "required": [kind],
+            "additionalProperties": False,
+        }
+    steps = [{"$ref": f"#/$defs/{kind} step"} for kind in STEPS]
+    return _spelled_short(schema, short, {"Quantize": steps})
+
+
+def _spelled_short(node: Any, short: dict[str, Any], steps: dict[str, Any]) -> Any:
+    """The schema with every reference to a section that has a short spelling widened to allow it."""
+    if isinstance(node, list):
+        return [_spelled_short(item, short, steps) for item in node]
+    if not isinstance(node, dict):
+        return node
+    name = str(node.get("$ref", "")).rsplit("/", 1)[-1]
+    if name in short:
+        return {"anyOf": [short[name], {"$ref": node["$ref"]}]} | {k: v for k, v in node.items() if k != "$ref"}
+    if name in steps:
+        return {"anyOf": steps[name]}
+    return {key: item if key.endswith(" step") else _spelled_short(item, short, steps) for key, item in node.items()}
 
 
 def _json(value: Any) -> str:
