@@ -46,7 +46,7 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     runtime_names = schema["$defs"]["Runtimes"]["properties"]["base"]
     short = {
-        **dict.fromkeys(("Base", "Suite", "PriceSpec", "Calibration", "TaskRef"), {"type": "string"}),
+        **{key: {"type": "string"} for key in ("Base", "Suite", "PriceSpec", "Calibration", "TaskRef")},
         "Workload": {"enum": list(WORKLOADS)},
         "Runtimes": runtime_names,
     }

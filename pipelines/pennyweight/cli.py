@@ -114,8 +114,8 @@ def plan(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], as_json
     from pennyweight.plan import format_plan, make_plan
     from pennyweight.store import Store
 
-    loaded, _ = _load(recipe, overrides, more)
-    made = make_plan(loaded, Store())
+    loaded, path = _load(recipe, overrides, more)
+    made = make_plan(loaded, Store(), file=str(path))
     if as_json:
         _print_json(made.model_dump(mode="json"))
     else:

@@ -37,7 +37,7 @@ def run(recipe: Recipe, recipe_path: Path, runs: Path, store: Store, say: Callab
     record.
     """
     store.check_writable()
-    plan = make_plan(recipe, store)
+    plan = make_plan(recipe, store, file=str(recipe_path))
     refuse_impossible(plan)
     folder = _make_folder(runs, recipe.name)
     with output_to(folder / LOG_FILE) as screen:
