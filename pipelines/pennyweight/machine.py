@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -435,6 +436,17 @@ def _onnxruntime_can() -> list[str]:
     if "CUDAExecutionProvider" in providers and has_gpu():
         can.append("cuda: float16, and 4-bit and 8-bit weights")
     return can
+
+
+def release_memory() -> None:
+    """Give back to the system what the last stage freed; the C library keeps it otherwise, and the next stage adds."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_disk_bytes(folder: Path) -> int:

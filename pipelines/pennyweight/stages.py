@@ -84,6 +84,8 @@ class Run:
             raise
         finally:
             seconds = time.perf_counter() - begin
+            if not stage.reused:
+                machine.release_memory()
             self.times.append(
                 StageTime(
                     stage=name,
