@@ -121,6 +121,8 @@ class Texts:
 
     paths: dict[str, Path]
     digests: dict[str, str]
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why a variant's calibration text could not be cut; that variant's error and nobody else's."""
 
     def load(self, name: str) -> np.ndarray | None:
         import numpy as np
@@ -185,15 +187,21 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
     if prompt_text is not None:
         shape = recipe.benchmark.workload
         wanted["prompts"] = (prompt_text, max(recipe.benchmark.concurrency), shape.input_tokens, recipe.seed + 2)
-    paths, digests = {}, {}
+    paths, digests, failures = {}, {}, {}
     with run.stage("data", "token windows") as stage:
         stage.reused = True
         for purpose, (source, count, length, seed) in wanted.items():
-            entry = _windows(run, base, data[source], count, length, seed)
+            try:
+                entry = _windows(run, base, data[source], count, length, seed)
+            except StageError as error:
+                if not purpose.startswith("calibration/"):
+                    raise
+                failures[purpose] = str(error)
+                continue
             stage.reused &= entry.reused
             paths[purpose] = entry.files / "windows.npy"
             digests[purpose] = entry.record["digest"]
-    return Texts(paths, digests)
+    return Texts(paths, digests, failures)
 
 
 def _windows(run: Run, base: Checkpoint, text: Path, count: int, length: int, seed: int) -> Entry:
@@ -249,6 +257,8 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
         kind = STEPS[step.kind]
         name = _calibration_name(variant, index)
         done.append(step.describe())
+        if name in texts.failures:
+            raise StageError(texts.failures[name])
         inputs = {
             "version": kind.version,
             "checkpoint": checkpoint.digest,
