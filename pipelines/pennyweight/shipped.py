@@ -58,7 +58,8 @@ def prices() -> dict[str, dict[str, Any]]:
         facts = {"source": entry.get("source", sheet["source"]), "date": str(entry.get("date", sheet["date"]))}
         named[name] = {"usd_per_hour": entry["on_demand"], "purchase": "on demand", **facts}
         if "spot" in entry:
-            named[f"{name}:spot"] = {"usd_per_hour": entry["spot"], "purchase": "spot", **facts}
+            spot = {**facts, "source": sheet["spot_source"]}
+            named[f"{name}:spot"] = {"usd_per_hour": entry["spot"], "purchase": "spot", **spot}
     return named
 
 
