@@ -49,6 +49,7 @@ def export(checkpoint: Checkpoint, device: str, files: Path) -> None:
     _build(source, layers, device, scratch, files)
     if layers:
         _drop_symmetric_zero_points(files)
+    _forget_where_it_was_built(files)
     check_integers(files, layers)
     _remove(scratch)
 
@@ -110,6 +111,16 @@ def _drop_symmetric_zero_points(files: Path) -> None:
     model.graph.initializer.extend(kept)
     (files / DATA).unlink()
     onnx.save_model(model, files / MODEL, save_as_external_data=True, location=DATA, size_threshold=1024)
+
+
+def _forget_where_it_was_built(files: Path) -> None:
+    """The builder signs its file with the git commit of the folder it is called in; the same checkpoint must give the
+    same bytes everywhere."""
+    import onnx
+
+    model = onnx.load(files / MODEL, load_external_data=False)
+    model.producer_version = model.producer_version.partition("+")[0]
+    onnx.save_model(model, files / MODEL)
 
 
 def check_integers(files: Path, layers: dict[str, QuantizedLinear]) -> None:
@@ -318,7 +329,7 @@ class OnnxSession:
 
 
 RUNTIME = RuntimeKind(
-    version=1,
+    version=2,
     libraries=("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai", "onnxruntime-genai-cuda"),
     export=export,
     load=OnnxSession,
