@@ -10,7 +10,8 @@ import pytest
 from pennyweight import machine, plan, sources
 from pennyweight.errors import SourceError
 from pennyweight.machine import Measured
-from pennyweight.plan import Plan, make_plan, model_shape
+from pennyweight.plan import Plan, constants, make_plan, model_shape, sizes
+from pennyweight.plan.problems import group_sizes
 from pennyweight.recipe import Quantize, Recipe
 from pennyweight.store import Store
 
@@ -96,30 +97,30 @@ def test_shape_of_a_tiny_llama() -> None:
 
 
 def test_dense_bytes() -> None:
-    assert plan.dense_bytes(model_shape(CONFIG, "bfloat16")) == 2 * (EMBEDDING + 2 * LAYER + NORMS)
-    assert plan.dense_bytes(model_shape(UNTIED, "float32")) == 4 * (2 * EMBEDDING + 2 * LAYER + NORMS)
+    assert sizes.dense_bytes(model_shape(CONFIG, "bfloat16")) == 2 * (EMBEDDING + 2 * LAYER + NORMS)
+    assert sizes.dense_bytes(model_shape(UNTIED, "float32")) == 4 * (2 * EMBEDDING + 2 * LAYER + NORMS)
 
 
 def test_packed_bytes_by_hand() -> None:
     rest, shapes = 2 * (EMBEDDING + NORMS), 14 * 16
     scales = 2 * (2 * LAYER // 32)
-    assert plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step()) == rest + LAYER + scales + shapes
+    assert sizes.packed_bytes(model_shape(CONFIG, "bfloat16"), step()) == rest + LAYER + scales + shapes
     assert (
-        plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step(scheme="w8a16")) == rest + 2 * LAYER + scales + shapes
+        sizes.packed_bytes(model_shape(CONFIG, "bfloat16"), step(scheme="w8a16")) == rest + 2 * LAYER + scales + shapes
     )
 
 
 def test_a_quantized_tied_head_is_stored_beside_the_embedding() -> None:
-    body = plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step())
+    body = sizes.packed_bytes(model_shape(CONFIG, "bfloat16"), step())
     head = EMBEDDING + 2 * EMBEDDING // 32 + 16
-    assert plan.packed_bytes(model_shape(CONFIG, "bfloat16"), step(head="w8a16")) == body + head
-    assert plan.packed_bytes(model_shape(UNTIED, "bfloat16"), step(head="w8a16")) == body + head
+    assert sizes.packed_bytes(model_shape(CONFIG, "bfloat16"), step(head="w8a16")) == body + head
+    assert sizes.packed_bytes(model_shape(UNTIED, "bfloat16"), step(head="w8a16")) == body + head
 
 
 @pytest.mark.parametrize(("scheme", "zeros"), [("w4a16", 4), ("w8a16", 8)])
 def test_zero_points_are_packed_along_the_output(scheme: str, zeros: int) -> None:
     shape = model_shape(CONFIG, "bfloat16")
-    more = plan.packed_bytes(shape, step(scheme=scheme, symmetric=False)) - plan.packed_bytes(
+    more = sizes.packed_bytes(shape, step(scheme=scheme, symmetric=False)) - sizes.packed_bytes(
         shape, step(scheme=scheme)
     )
     assert more == 2 * LAYER // 32 * zeros // 8
@@ -129,7 +130,7 @@ def test_zero_points_are_packed_along_the_output(scheme: str, zeros: int) -> Non
 def test_odd_vocabulary_and_zero_points_equal_a_real_checkpoint(bits: int) -> None:
     """Files that llm-compressor 0.14 wrote for these shapes, vocabulary 130."""
     shape = model_shape(CONFIG | {"vocab_size": 130}, "bfloat16")
-    assert plan.packed_bytes(shape, step(scheme=f"w{bits}a16", symmetric=False)) == {4: 107840, 8: 180704}[bits]
+    assert sizes.packed_bytes(shape, step(scheme=f"w{bits}a16", symmetric=False)) == {4: 107840, 8: 180704}[bits]
 
 
 def test_packed_bytes_equal_what_the_step_writes(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_packed_bytes_equal_what_the_step_writes(tmp_path: Path) -> None:
     quantized.mkdir()
     quantize.run(checkpoints.describe(base, "test"), settings, StepContext("cpu", 0), quantized)
     written = checkpoints.describe(quantized, "test").weight_bytes
-    assert plan.packed_bytes(model_shape(CONFIG, "bfloat16"), settings) == written
+    assert sizes.packed_bytes(model_shape(CONFIG, "bfloat16"), settings) == written
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -170,7 +171,7 @@ def write_tokenizer(folder: Path) -> None:
 def test_onnx_bytes_equal_real_exports(config: dict, settings: dict | None, written: int) -> None:
     """Files that onnxruntime-genai 0.18 wrote for these shapes: the tensors larger than 1 KiB."""
     chosen = None if settings is None else step(**settings)
-    assert plan.onnx_bytes(model_shape(config, "bfloat16"), chosen, "cpu") == written
+    assert sizes.onnx_bytes(model_shape(config, "bfloat16"), chosen, "cpu") == written
 
 
 def test_onnx_bytes_of_the_real_model() -> None:
@@ -180,17 +181,17 @@ def test_onnx_bytes_of_the_real_model() -> None:
         "num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192,
     }  # fmt: skip
     shape = model_shape(config, "bfloat16")
-    assert plan.dense_bytes(shape) == 269_030_016
-    assert plan.packed_bytes(shape, step(group_size=64, head="w8a16")) == 142_294_960
-    assert plan.onnx_bytes(shape, None, "cpu") == 540_157_184
-    assert plan.onnx_bytes(shape, step(group_size=64, symmetric=False), "cpu") == 176_102_144
-    assert plan.onnx_bytes(shape, step(scheme="w8a16", group_size=64, symmetric=False), "cpu") == 229_946_624
-    assert plan.onnx_bytes(shape, step(group_size=64, head="w8a16"), "cpu") == 205_284_608
+    assert sizes.dense_bytes(shape) == 269_030_016
+    assert sizes.packed_bytes(shape, step(group_size=64, head="w8a16")) == 142_294_960
+    assert sizes.onnx_bytes(shape, None, "cpu") == 540_157_184
+    assert sizes.onnx_bytes(shape, step(group_size=64, symmetric=False), "cpu") == 176_102_144
+    assert sizes.onnx_bytes(shape, step(scheme="w8a16", group_size=64, symmetric=False), "cpu") == 229_946_624
+    assert sizes.onnx_bytes(shape, step(group_size=64, head="w8a16"), "cpu") == 205_284_608
 
 
 def test_float16_on_cuda_halves_the_float_tensors() -> None:
     shape = model_shape(CONFIG | {"hidden_size": 576, "vocab_size": 512}, "bfloat16")
-    assert plan.onnx_bytes(shape, None, "cuda") * 2 == plan.onnx_bytes(shape, None, "cpu")
+    assert sizes.onnx_bytes(shape, None, "cuda") * 2 == sizes.onnx_bytes(shape, None, "cpu")
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------
@@ -233,9 +234,9 @@ def test_a_group_that_does_not_divide_names_the_layer_and_sizes_that_would_do(ca
 
 def test_a_group_that_does_not_divide_the_head(calm: Store) -> None:
     settings = {"scheme": "w4a16", "group_size": 32, "head": "w8a16"}
-    sizes = CONFIG | {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 160}
+    config = CONFIG | {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 160}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "base_config", lambda base, store: sizes)
+        patch.setattr(sources, "base_config", lambda base, store: config)
         ignored = {**settings, "ignore": ["re:.*(q|k|v|o|gate|up)_proj"]}
         made = make_plan(recipe({"int4": [{"quantize": ignored}]}), calm)
     assert problems(made) == [
@@ -253,7 +254,7 @@ def test_onnxruntime_takes_powers_of_two(calm: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inputs", "exported", "sizes"),
+    ("inputs", "exported", "found"),
     [
         ([576, 1536], True, [16, 32, 64]),
         ([96, 160], False, [8, 16, 32]),
@@ -261,8 +262,17 @@ def test_onnxruntime_takes_powers_of_two(calm: Store) -> None:
         ([100], True, []),
     ],
 )
-def test_group_sizes(inputs: list[int], exported: bool, sizes: list[int]) -> None:
-    assert plan.group_sizes(inputs, exported) == sizes
+def test_group_sizes(inputs: list[int], exported: bool, found: list[int]) -> None:
+    assert group_sizes(inputs, exported) == found
+
+
+def test_a_head_that_the_exporter_cannot_pack(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPTQ layout packs 32 // bits rows of zero points into one integer."""
+    monkeypatch.setattr(sources, "base_config", lambda base, store: CONFIG | {"vocab_size": 131})
+    made = make_plan(recipe({"a": [{"quantize": {"scheme": "w4a16", "group_size": 32, "head": "w8a16"}}]}), calm)
+    assert problems(made) == [
+        ("variants.a.0.quantize.head", "onnxruntime's exporter packs 4 rows at a time, and lm_head has 131")
+    ]
 
 
 def test_ignore_must_match_a_layer(calm: Store) -> None:
@@ -330,7 +340,7 @@ def test_cuda_without_a_gpu_has_sizes_but_no_times(calm: Store) -> None:
     made = make_plan(recipe(device="cuda"), calm)
     assert [(problem.path, problem.kind) for problem in made.problems] == [("device", "machine")]
     assert made.measured is None
-    assert made.weight_bytes("export", "base@onnxruntime") == plan.onnx_bytes(
+    assert made.weight_bytes("export", "base@onnxruntime") == sizes.onnx_bytes(
         model_shape(CONFIG, "bfloat16"), None, "cuda"
     )
     assert made.expected_seconds("benchmark", "all candidates") is None
@@ -431,9 +441,9 @@ def test_benchmark_time_is_the_sum_of_waves(calm: Store, monkeypatch: pytest.Mon
     def wave(job: Any, runtime: str, step: Any, concurrency: int, input_tokens: int, output_tokens: int) -> float:
         return {(16, 8): 1.0, (16, 2): 0.25}[input_tokens, output_tokens] * concurrency
 
-    monkeypatch.setattr(plan, "_wave_seconds", wave)
-    monkeypatch.setattr(plan, "IMPORT_SECONDS", dict.fromkeys(plan.IMPORT_SECONDS, 0.0))
-    monkeypatch.setattr(plan, "SECONDS_PER_GB", dict.fromkeys(plan.SECONDS_PER_GB, 0.0))
+    monkeypatch.setattr(plan.stages, "wave_seconds", wave)
+    monkeypatch.setattr(plan.job, "IMPORT_SECONDS", dict.fromkeys(constants.IMPORT_SECONDS, 0.0))
+    monkeypatch.setattr(plan.job, "SECONDS_PER_GB", dict.fromkeys(constants.SECONDS_PER_GB, 0.0))
     assert make_plan(recipe(), calm).expected_seconds("benchmark", "all candidates") == 3 * (
         8 + 0.25 + 3 * 4 + 0.25 * 4
     )
@@ -450,7 +460,7 @@ def test_candidates_that_do_not_fit_together_are_loaded_in_turn(calm: Store, mon
 
 def test_libraries_are_imported_once(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_plan(recipe(), calm).seconds
-    monkeypatch.setattr(plan, "IMPORT_SECONDS", plan.IMPORT_SECONDS | {"llmcompressor": 1003.0})
+    monkeypatch.setattr(plan.job, "IMPORT_SECONDS", constants.IMPORT_SECONDS | {"llmcompressor": 1003.0})
     two = {name: [{"quantize": {"scheme": "w4a16", "group_size": 32}}] for name in ("a", "b")}
     assert make_plan(recipe(), calm).seconds - first == pytest.approx(1000)
     assert make_plan(recipe(two), calm).seconds < first + 1100
@@ -466,8 +476,8 @@ def test_gptq_takes_longer_than_rounding_by_its_text(calm: Store) -> None:
     assert rtn < seconds(8) < seconds(64)
     per_token = (seconds(1008) - seconds(8)) / (1000 * 64)
     hessians = 2 * sum(columns**2 for _, columns in model_shape(CONFIG, "bfloat16").linears.values()) / 100e9
-    forward = 2 * (2 * (EMBEDDING + 2 * LAYER) / (200e9 * plan.EFFICIENCY["transformers", "bfloat16"].product))
-    calls = 2 * 2 * plan.EFFICIENCY["transformers", "bfloat16"].layer_seconds / (plan.CALIBRATION_BATCH * 64)
+    forward = 2 * (2 * (EMBEDDING + 2 * LAYER) / (200e9 * constants.EFFICIENCY["transformers", "bfloat16"].product))
+    calls = 2 * 2 * constants.EFFICIENCY["transformers", "bfloat16"].layer_seconds / (constants.CALIBRATION_BATCH * 64)
     assert per_token == pytest.approx(hessians + forward + calls, rel=1e-6)
 
 

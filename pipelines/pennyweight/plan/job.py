@@ -1,0 +1,142 @@
+"""What is planned for, and the parts that the stages' estimates share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from pennyweight import machine
+from pennyweight.machine import Measured
+from pennyweight.plan.constants import (
+    COMPARE_SECONDS_PER_LOGIT,
+    EFFICIENCY,
+    IMPORT_SECONDS,
+    ONNX_COPIES,
+    QUESTION_TOKENS,
+    SECONDS_PER_GB,
+    TASK_SHAPES,
+    UNKNOWN_TASK,
+)
+from pennyweight.plan.sizes import ITEMSIZE, ModelShape, ceil_div, dense_bytes, onnx_bytes, packed_bytes
+from pennyweight.recipe import Quantize, Recipe
+from pennyweight.store import Store
+
+
+@dataclass
+class Job:
+    """What every estimate needs, and the libraries that earlier stages have loaded."""
+
+    recipe: Recipe
+    store: Store
+    device: str
+    shape: ModelShape | None
+    measured: Measured | None
+    imported: set[str] = field(default_factory=set)
+
+    def imports(self, *libraries: str) -> float:
+        new = set(libraries) - self.imported
+        self.imported |= new
+        return sum(IMPORT_SECONDS[name] for name in new)
+
+    def compute_dtype(self, runtime: str, quantized: bool) -> str:
+        """What a candidate multiplies in, as EFFICIENCY names it."""
+        if runtime == "onnxruntime":
+            return "integers" if quantized else {"cpu": "float32", "cuda": "float16"}[self.device]
+        assert self.shape
+        native = self.device == "cuda" or (self.shape.dtype == "bfloat16" and machine.has_native_bf16())
+        return self.shape.dtype if native else "float32"
+
+    def loaded_bytes(self, runtime: str, step: Quantize | None) -> int:
+        """Memory that a loaded candidate's weights take."""
+        assert self.shape
+        if runtime == "onnxruntime":
+            return int(ONNX_COPIES * onnx_bytes(self.shape, step, self.device))
+        untied = math.prod(self.shape.head) if step and step.head != "none" and self.shape.tied else 0
+        return (self.shape.parameters + untied) * ITEMSIZE[self.compute_dtype(runtime, step is not None)]
+
+
+def score_seconds(job: Job, runtime: str, dtype: str, tokens: int, batch_tokens: int) -> float | None:
+    """Time to compute the logits of `tokens` tokens in batches of `batch_tokens`."""
+    assert job.shape
+    if job.measured is None:
+        return None
+    efficiency = EFFICIENCY[runtime, dtype]
+    products = 2 * tokens * job.shape.product_weights / (rate(job, dtype) * efficiency.product)
+    return products + ceil_div(tokens, max(batch_tokens, 1)) * job.shape.layers * efficiency.layer_seconds
+
+
+def compare_seconds(job: Job, tokens: int) -> float | None:
+    """Time to rebuild the base's logits from its hidden states and to compare both, position by position."""
+    assert job.shape
+    if job.measured is None:
+        return None
+    head = 2 * tokens * math.prod(job.shape.head) / (rate(job, job.compute_dtype("transformers", False)) * 0.5)
+    return head + tokens * job.shape.head[0] * COMPARE_SECONDS_PER_LOGIT
+
+
+def rate(job: Job, dtype: str) -> float:
+    """Floating-point operations a second of the measured product that `dtype` is rated against."""
+    assert job.measured
+    return 1e9 * (job.measured.gflops_bf16 if dtype in ("bfloat16", "float16") else job.measured.gflops_fp32)
+
+
+def batch_tokens(recipe: Recipe) -> int:
+    text = recipe.evaluate.divergence
+    return recipe.evaluate.batch_size * (text.length if text else QUESTION_TOKENS)
+
+
+def divergence_tokens(recipe: Recipe) -> int:
+    """Tokens that divergence is measured on."""
+    text = recipe.evaluate.divergence
+    return text.windows * text.length if text else 0
+
+
+def task_tokens(recipe: Recipe) -> int:
+    """Tokens that one candidate scores in the suite's tasks."""
+    total = 0
+    for ref in recipe.evaluate.tasks:
+        items, requests, tokens = TASK_SHAPES.get(ref.task, UNKNOWN_TASK)
+        total += min(ref.limit or items, items) * requests * tokens
+    return total
+
+
+def step_of(recipe: Recipe, variant: str) -> Quantize | None:
+    return recipe.variants[variant][-1] if variant in recipe.variants else None
+
+
+def per_gb(work: str, size: int) -> float:
+    return SECONDS_PER_GB[work] * size / 1e9
+
+
+def wave_seconds(
+    job: Job, runtime: str, step: Quantize | None, concurrency: int, input_tokens: int, output_tokens: int
+) -> float | None:
+    """One wave of requests served together: the prompts, then one step for each further token."""
+    assert job.shape
+    if job.measured is None:
+        return None
+    dtype = job.compute_dtype(runtime, step is not None)
+    efficiency = EFFICIENCY[runtime, dtype]
+    calls = job.shape.layers * efficiency.layer_seconds
+    token = 2 * concurrency * job.shape.product_weights / rate(job, dtype)  # one token of each request
+    streamed = _streamed_bytes(job, runtime, step) / (job.measured.read_gb_per_s * 1e9 * efficiency.read)
+    prefill = input_tokens * token / efficiency.prefill + calls
+    return prefill + (output_tokens - 1) * (streamed + token / efficiency.decode + calls)
+
+
+def _streamed_bytes(job: Job, runtime: str, step: Quantize | None) -> int:
+    """Bytes of weights that a decoding step reads: all but the embedding, of which it reads one row a request."""
+    assert job.shape
+    weights = onnx_bytes(job.shape, step, job.device) if runtime == "onnxruntime" else job.loaded_bytes(runtime, step)
+    itemsize = 4 if runtime == "onnxruntime" and job.device == "cpu" else ITEMSIZE[job.shape.dtype]
+    separate = not job.shape.tied or (step is not None and step.head != "none")
+    return weights - (math.prod(job.shape.head) * itemsize if separate else 0)
+
+
+def candidate_bytes(job: Job, variant: str, runtime: str) -> int:
+    step = step_of(job.recipe, variant)
+    if job.shape is None:
+        return 0
+    if runtime == "onnxruntime":
+        return onnx_bytes(job.shape, step, job.device)
+    return packed_bytes(job.shape, step) if step else dense_bytes(job.shape)

@@ -1,0 +1,145 @@
+"""What cannot work: found from the recipe, the model's shape and the machine, before anything is downloaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from pennyweight import machine
+from pennyweight.errors import StoreError, did_you_mean
+from pennyweight.plan.constants import BASELINE_BYTES
+from pennyweight.plan.records import Plan, PlanProblem, StageEstimate
+from pennyweight.plan.show import format_bytes
+from pennyweight.plan.sizes import ModelShape, is_ignored, quantized_layers
+from pennyweight.recipe import Quantize, Recipe
+from pennyweight.store import Store
+
+
+@dataclass
+class Problems:
+    file: str
+    found: list[PlanProblem] = field(default_factory=list)
+
+    def add(self, path: str, message: str, hint: str | None = None, kind: Any = "recipe") -> None:
+        self.found.append(PlanProblem(self.file, path, message, None, hint, kind))
+
+    def of_kind(self, kind: str) -> bool:
+        return any(problem.kind == kind for problem in self.found)
+
+
+def check_machine(recipe: Recipe, device: str, found: Problems) -> list[str]:
+    """Extras that are missing; each also becomes a problem."""
+    if device == "cuda" and not machine.has_gpu():
+        found.add("device", "device is cuda, and this machine has no NVIDIA GPU", "--set device=cpu", "machine")
+    for message in machine.conflicts():
+        found.add("", message, None, "machine")
+    extras: list[str] = []
+    for runtime in sorted({*recipe.runtimes.base, *recipe.runtimes.variants}):
+        if missing := machine.missing_packages(runtime, device):
+            extra = "gpu" if device == "cuda" else "cpu"
+            extras = [extra]
+            hint = f"pip install 'pennyweight[{extra}]'"
+            found.add("runtimes", f"runtime {runtime} needs {', '.join(missing)}", hint, "machine")
+    return extras
+
+
+def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
+    exported = "onnxruntime" in recipe.runtimes.variants
+    for variant, steps in recipe.variants.items():
+        for index, step in enumerate(steps):
+            path = f"variants.{variant}.{index}.quantize"
+            if index:
+                found.add(path, "the step before it has quantized these weights already", "keep one of the two")
+                continue
+            _check_ignore(path, step, shape, found)
+            layers = quantized_layers(shape, step)
+            if layers:
+                _check_groups(path, step, layers, exported, found)
+                if exported:
+                    _check_rows(path, shape, layers, found)
+            else:
+                found.add(path, "quantizes no layer of this model", "shorten `ignore`")
+
+
+def _check_ignore(path: str, step: Quantize, shape: ModelShape, found: Problems) -> None:
+    names = [*shape.linears, shape.head_name]
+    for index, pattern in enumerate(step.ignore):
+        if not any(is_ignored(name, [pattern]) for name in names):
+            hint = f"a layer here is called {names[0]}" if pattern.startswith("re:") else did_you_mean(pattern, names)
+            found.add(f"{path}.ignore.{index}", f"{pattern!r} matches no layer", hint)
+
+
+def _check_groups(
+    path: str, step: Quantize, layers: dict[str, tuple[int, int, int]], exported: bool, found: Problems
+) -> None:
+    size = step.group_size
+    choices = group_sizes([columns for _, columns, _ in layers.values()], exported)
+    hint = "leave those layers alone with `ignore`"
+    if choices:
+        hint = f"these sizes would do: {', '.join(map(str, choices))}"
+    wrong = [name for name, (_, columns, _) in layers.items() if columns % size]
+    if wrong:
+        columns = layers[wrong[0]][1]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        found.add(f"{path}.group_size", f"{size} does not divide {columns}, the input size of {wrong[0]}{more}", hint)
+    elif exported and (size < 16 or size & (size - 1)):
+        found.add(f"{path}.group_size", f"onnxruntime has no groups of {size}: powers of two from 16 on", hint)
+
+
+def _check_rows(path: str, shape: ModelShape, layers: dict[str, tuple[int, int, int]], found: Problems) -> None:
+    """The layout that the ONNX exporter reads packs zero points along a layer's output into 32-bit integers."""
+    for name, (rows, _, bits) in layers.items():
+        if rows * bits % 32:
+            key = "head" if name == shape.head_name else "ignore"
+            message = f"onnxruntime's exporter packs {32 // bits} rows at a time, and {name} has {rows}"
+            found.add(f"{path}.{key}", message, "leave it unquantized, or take another runtime")
+
+
+def group_sizes(inputs: list[int], exported: bool) -> list[int]:
+    """Powers of two that divide every layer's input size, from 8 on (16 for onnxruntime) to 1024."""
+    common, smallest = math.gcd(*inputs), 16 if exported else 8
+    return [size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if size >= smallest and common % size == 0]
+
+
+def check_lengths(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
+    limit = f"the model knows {shape.context} positions"
+    for variant, steps in recipe.variants.items():
+        for index, step in enumerate(steps):
+            if step.calibrate and step.calibrate.length > shape.context:
+                path = f"variants.{variant}.{index}.quantize.calibrate.length"
+                found.add(path, f"windows of {step.calibrate.length} tokens; {limit}")
+    text = recipe.evaluate.divergence
+    if text and text.length > shape.context:
+        found.add("evaluate", f"divergence windows of {text.length} tokens; {limit}")
+    load = recipe.benchmark.workload
+    if load.input_tokens + load.output_tokens > shape.context:
+        found.add("benchmark.workload", f"{load.input_tokens} + {load.output_tokens} tokens a request; {limit}")
+
+
+def check_room(plan: Plan, store: Store, found: Problems) -> None:
+    try:
+        store.check_writable()
+    except StoreError as error:
+        found.add("", error.message, error.hint, "resource")
+    if plan.disk_bytes > plan.free_disk_bytes:
+        need, free = format_bytes(plan.disk_bytes), format_bytes(plan.free_disk_bytes)
+        hint = "free some, or `pennyweight store gc`, or name a folder on another disk in PENNYWEIGHT_HOME"
+        found.add("", f"a run needs {need} of disk; {free} are free at {store.root}", hint, "resource")
+    work = [stage for stage in plan.stages if stage.peak_memory_bytes is not None and not stage.reused]
+    _check_memory({_title(s): s.peak_memory_bytes for s in work}, plan.available_memory_bytes, "memory", found)
+    if plan.device == "cuda" and machine.has_gpu():
+        on_gpu = {_title(s): s.peak_memory_bytes - BASELINE_BYTES[s.stage] for s in work}
+        largest = max(gpu["memory_gib"] for gpu in machine.gpus())
+        _check_memory(on_gpu, int(largest * 2**30), "GPU memory", found)
+
+
+def _check_memory(needs: dict[str, int], free: int, kind: str, found: Problems) -> None:
+    worst = max(needs, key=needs.__getitem__, default=None)
+    if worst is not None and needs[worst] > free:
+        message = f"{worst} needs about {format_bytes(needs[worst])} of {kind}; {format_bytes(free)} are free"
+        found.add("", message, "free some, take a smaller base, or a machine with more", "resource")
+
+
+def _title(stage: StageEstimate) -> str:
+    return f"{stage.stage} {stage.subject}"

@@ -1,0 +1,314 @@
+"""One estimate for each stage that a run will have."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+
+from pennyweight import machine
+from pennyweight.plan.constants import (
+    ACTIVATION_COPIES,
+    BASELINE_BYTES,
+    BUILDER_BYTES,
+    BUILDER_SECONDS,
+    CALIBRATION_BATCH,
+    DOWNLOAD_BYTES_PER_SECOND,
+    GPTQ_SECONDS_PER_WEIGHT,
+    MB,
+    PACKING_BYTES,
+    PARITY_TOKENS,
+    QUESTION_TOKENS,
+    TRACK_SECONDS,
+    WARM_UP,
+    WINDOWS_SECONDS,
+)
+from pennyweight.plan.job import (
+    Job,
+    batch_tokens,
+    candidate_bytes,
+    compare_seconds,
+    divergence_tokens,
+    per_gb,
+    score_seconds,
+    step_of,
+    task_tokens,
+    wave_seconds,
+)
+from pennyweight.plan.records import StageEstimate
+from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes, onnx_bytes, packed_bytes, quantized_layers
+from pennyweight.recipe import Base, Quantize
+from pennyweight.store import RECORD, Store
+
+
+def estimate_stages(job: Job) -> list[StageEstimate]:
+    return [
+        _source(job),
+        *_data(job),
+        *_quantize(job),
+        *_exports(job),
+        _reference(job),
+        *_evaluations(job),
+        _benchmark(job),
+        _track(job),
+    ]
+
+
+def _source(job: Job) -> StageEstimate:
+    shape, base = job.shape, job.recipe.base
+    reused = _in_store(job.store, "source", base.uri)
+    download = 0 if reused else _base_download(job)
+    weights = disk = dense_bytes(shape) if shape else None
+    seconds = peak = None
+    if shape and weights is not None:
+        fetching = (download or 0) / DOWNLOAD_BYTES_PER_SECOND
+        seconds = fetching + job.imports("transformers") + per_gb("convert", weights)
+        # A GGUF file is unpacked to float32 before it is cast.
+        unpacked = 4 * shape.parameters if base.uri.endswith(".gguf") else 0
+        peak = BASELINE_BYTES["source"] + weights + unpacked
+        if _stays_in_place(base):
+            disk, seconds, peak = 0, 1.0 + per_gb("copy", weights), BASELINE_BYTES["source"]  # only its digest is read
+    return StageEstimate(
+        stage="source", subject="base", seconds=0.0 if reused else seconds, peak_memory_bytes=peak,
+        disk_bytes=disk, download_bytes=download, weight_bytes=weights, reused=reused,
+    )  # fmt: skip
+
+
+def _base_download(job: Job) -> int | None:
+    """Bytes that fetching the base takes: the checkpoint from a hub, an archive's own size; None where unknown."""
+    from pennyweight import sources
+
+    uri = job.recipe.base.uri
+    scheme = sources.scheme_of(uri)
+    if scheme == "hf":
+        return dense_bytes(job.shape) if job.shape else None
+    return sources.known_bases().get(uri, {}).get("archive_bytes") if scheme == "pypi" else 0
+
+
+def _stays_in_place(base: Base) -> bool:
+    """A folder is used where it lies, unless it must be cast."""
+    from pennyweight import sources
+
+    return sources.scheme_of(base.uri) == "file" and not base.uri.endswith(".gguf") and base.dtype == "auto"
+
+
+def _data(job: Job) -> Iterator[StageEstimate]:
+    """The data sets, and their windows of tokens. What lies in one archive is downloaded once."""
+    sets = job.recipe.data
+    absent = {name: data for name, data in sets.items() if not _in_store(job.store, "data", data.uri)}
+    archives = {data.archive_sha256 or data.uri: data for data in absent.values() if not data.uri.startswith("file:")}
+    sizes = [data.bytes for data in archives.values()]
+    known = sum(size or 0 for size in sizes)
+    yield StageEstimate(
+        stage="data", subject=", ".join(sets) or "none",
+        seconds=known / DOWNLOAD_BYTES_PER_SECOND + len(absent), peak_memory_bytes=BASELINE_BYTES["data"],
+        disk_bytes=known, download_bytes=None if None in sizes else known, reused=bool(sets) and not absent,
+    )  # fmt: skip
+    yield StageEstimate(
+        stage="data", subject="token windows", seconds=job.imports("transformers") + WINDOWS_SECONDS,
+        peak_memory_bytes=BASELINE_BYTES["data"], disk_bytes=MB,
+    )  # fmt: skip
+
+
+def _quantize(job: Job) -> Iterator[StageEstimate]:
+    for variant, steps in job.recipe.variants.items():
+        step, shape = steps[-1], job.shape
+        if shape is None:
+            yield _unknown("quantize", variant)
+            continue
+        weights = packed_bytes(shape, step)
+        rounding = per_gb("round", dense_bytes(shape))
+        solving = _gptq_seconds(job, step) if step.method == "gptq" else 0.0
+        yield StageEstimate(
+            stage="quantize", subject=variant,
+            seconds=None if solving is None else job.imports("transformers", "llmcompressor") + rounding + solving,
+            peak_memory_bytes=_quantize_memory(shape, step, weights), disk_bytes=weights, weight_bytes=weights,
+            notes=[step.describe()],
+        )  # fmt: skip
+
+
+def _gptq_seconds(job: Job, step: Quantize) -> float | None:
+    """Two passes of the calibration text, a Hessian for each layer's input (2 · tokens · in²), and the solve."""
+    assert job.shape and step.calibrate
+    if job.measured is None:
+        return None
+    tokens = step.calibrate.samples * step.calibrate.length
+    dtype = job.compute_dtype("transformers", False)
+    layers = [job.shape.linears[name] for name in quantized_layers(job.shape, step) if name in job.shape.linears]
+    hessians = sum(2 * tokens * columns**2 for _, columns in layers)
+    forward = 2 * score_seconds(job, "transformers", dtype, tokens, CALIBRATION_BATCH * step.calibrate.length)
+    hessian = hessians / (job.measured.gflops_fp32 * 1e9)
+    solve = sum(rows * columns for rows, columns in layers) * GPTQ_SECONDS_PER_WEIGHT
+    return forward + hessian + solve
+
+
+def _quantize_memory(shape: ModelShape, step: Quantize, weights: int) -> int:
+    """The model and, later, its packed form; before that, gptq's calibration."""
+    itemsize, dense = ITEMSIZE[shape.dtype], dense_bytes(shape)
+    packing = weights // 2 + PACKING_BYTES["quantize"] * _largest(shape, step)
+    calibrating = 0
+    if step.calibrate:
+        batch = CALIBRATION_BATCH * step.calibrate.length
+        tokens = step.calibrate.samples * step.calibrate.length
+        calibrating = 2 * tokens * shape.hidden * itemsize  # inputs and outputs of the layer at work
+        calibrating += batch * (shape.head[0] * itemsize + ACTIVATION_COPIES * shape.intermediate * itemsize)
+        calibrating += 3 * 4 * shape.intermediate**2  # a Hessian and its factors
+    return BASELINE_BYTES["quantize"] + dense + max(packing, calibrating)
+
+
+def _largest(shape: ModelShape, step: Quantize | None) -> int:
+    """Weights of the largest layer that a step quantizes."""
+    layers = quantized_layers(shape, step) if step else {}
+    return max((rows * columns for rows, columns, _ in layers.values()), default=0)
+
+
+def _exports(job: Job) -> Iterator[StageEstimate]:
+    for variant, runtime in job.recipe.candidates():
+        if runtime != "onnxruntime":
+            continue
+        subject, step = f"{variant}@{runtime}", step_of(job.recipe, variant)
+        if job.shape is None:
+            yield _unknown("export", subject)
+            continue
+        source = packed_bytes(job.shape, step) if step else dense_bytes(job.shape)
+        weights = onnx_bytes(job.shape, step, job.device)
+        scoring = [
+            score_seconds(job, "transformers", job.compute_dtype("transformers", False), PARITY_TOKENS, PARITY_TOKENS),
+            score_seconds(job, runtime, job.compute_dtype(runtime, step is not None), PARITY_TOKENS, PARITY_TOKENS),
+        ]
+        seconds = None
+        if None not in scoring:
+            building = BUILDER_SECONDS + per_gb("export", source + weights) + per_gb("load", source + weights)
+            building += per_gb("repack", source + weights) if step else 0.0
+            seconds = job.imports("transformers", runtime) + building + sum(scoring)
+        yield StageEstimate(
+            stage="export", subject=subject, seconds=seconds, disk_bytes=weights, weight_bytes=weights,
+            peak_memory_bytes=_export_memory(job, step, source, weights),
+        )  # fmt: skip
+
+
+def _export_memory(job: Job, step: Quantize | None, source: int, weights: int) -> int:
+    """Beside this process, the builder's: the checkpoint, the file, and the largest layer while it is repacked. After
+    it, the parity check: the checkpoint in float32 and its logits."""
+    assert job.shape
+    building = BUILDER_BYTES + source + weights + PACKING_BYTES["export"] * _largest(job.shape, step)
+    checking = 4 * job.shape.parameters + 3 * 4 * PARITY_TOKENS * job.shape.head[0]
+    return BASELINE_BYTES["export"] + max(building, checking)
+
+
+def _reference(job: Job) -> StageEstimate:
+    """The base's hidden states on the text, kept with its head, and its answers."""
+    subject = "base@transformers"
+    if job.shape is None:
+        return _unknown("reference", subject)
+    dtype, batch, windows = (
+        job.compute_dtype("transformers", False),
+        batch_tokens(job.recipe),
+        divergence_tokens(job.recipe),
+    )
+    scoring = score_seconds(job, "transformers", dtype, windows + task_tokens(job.recipe), batch)
+    weights, stored = job.loaded_bytes("transformers", None), _reference_bytes(job, windows)
+    loading = _suite_imports(job, "transformers") + per_gb("load", weights)
+    questions = job.recipe.evaluate.batch_size * QUESTION_TOKENS * job.shape.head[0] * ITEMSIZE[dtype]
+    activations = batch * ACTIVATION_COPIES * job.shape.intermediate * ITEMSIZE[dtype]
+    return StageEstimate(
+        stage="reference", subject=subject, seconds=None if scoring is None else loading + scoring,
+        peak_memory_bytes=BASELINE_BYTES["reference"] + weights + stored + max(questions, activations),
+        disk_bytes=stored,
+    )  # fmt: skip
+
+
+def _evaluations(job: Job) -> Iterator[StageEstimate]:
+    windows = divergence_tokens(job.recipe)
+    for variant, runtime in job.recipe.candidates():
+        subject, step = f"{variant}@{runtime}", step_of(job.recipe, variant)
+        if job.shape is None:
+            yield _unknown("evaluate", subject)
+            continue
+        seconds = compare_seconds(job, windows)
+        peak = BASELINE_BYTES["evaluate"] + _reference_bytes(job, windows)
+        if subject != "base@transformers":  # that one is the reference, and only compared with itself
+            dtype, weights = job.compute_dtype(runtime, step is not None), job.loaded_bytes(runtime, step)
+            tokens, batch = windows + task_tokens(job.recipe), batch_tokens(job.recipe)
+            scoring = score_seconds(job, runtime, dtype, tokens, batch)
+            loading = _suite_imports(job, runtime) + per_gb("load", weights)
+            seconds = None if seconds is None or scoring is None else seconds + scoring + loading
+            widest = job.shape.head[0] + ACTIVATION_COPIES * job.shape.intermediate
+            peak += weights + batch * widest * ITEMSIZE.get(dtype, 4)
+        yield StageEstimate(stage="evaluate", subject=subject, seconds=seconds, peak_memory_bytes=peak, disk_bytes=MB)
+
+
+def _suite_imports(job: Job, runtime: str) -> float:
+    return job.imports("transformers", runtime, *(["lm-eval"] if job.recipe.evaluate.tasks else []))
+
+
+def _reference_bytes(job: Job, windows: int) -> int:
+    """Hidden states of that many tokens, and the head."""
+    assert job.shape
+    return (windows * job.shape.hidden + math.prod(job.shape.head)) * ITEMSIZE[job.shape.dtype] if windows else 0
+
+
+def _benchmark(job: Job) -> StageEstimate:
+    from pennyweight.benchmark import rounds_at
+
+    spec, subject = job.recipe.benchmark, "all candidates"
+    if job.shape is None:
+        return _unknown("benchmark", subject)
+    seconds: float | None = job.imports("transformers", *job.recipe.runtimes.base, *job.recipe.runtimes.variants)
+    names = list(job.recipe.candidates())
+    load, requests = spec.workload, max(spec.concurrency)
+    for variant, runtime in names:
+        step = step_of(job.recipe, variant)
+        for concurrency in spec.concurrency:
+            wave = wave_seconds(job, runtime, step, concurrency, load.input_tokens, load.output_tokens)
+            warm_up = wave_seconds(job, runtime, step, concurrency, min(WARM_UP[0], load.input_tokens), WARM_UP[1])
+            seconds = (
+                None if None in (seconds, wave, warm_up) else seconds + rounds_at(spec, concurrency) * wave + warm_up
+            )
+    loaded = [job.loaded_bytes(runtime, step_of(job.recipe, variant)) for variant, runtime in names]
+    turns = sum(1 + rounds_at(spec, concurrency) for concurrency in spec.concurrency)
+    resident = _stay_loaded(job, names)
+    loading = per_gb("load", sum(loaded) * (1 if resident else turns))
+    cache = 2 * requests * (load.input_tokens + load.output_tokens) * job.shape.kv_bytes(4)
+    logits = 4 * requests * load.input_tokens * job.shape.head[0]  # onnxruntime computes all of a prompt's
+    return StageEstimate(
+        stage="benchmark", subject=subject, seconds=None if seconds is None else seconds + loading, disk_bytes=0,
+        peak_memory_bytes=BASELINE_BYTES["benchmark"] + (sum(loaded) if resident else max(loaded)) + cache + logits,
+        notes=[] if resident else ["benchmark: too little memory to keep all candidates loaded; loaded in turn"],
+    )  # fmt: skip
+
+
+def _stay_loaded(job: Job, names: list[tuple[str, str]]) -> bool:
+    """The benchmark's own rule for keeping all candidates loaded between their turns."""
+    from pennyweight.benchmark import LOADED_OVER_DISK, RESIDENT_SHARE
+
+    needed = sum(candidate_bytes(job, *name) for name in names) * LOADED_OVER_DISK
+    return needed < machine.free_memory(job.device) * RESIDENT_SHARE
+
+
+def _track(job: Job) -> StageEstimate:
+    copied: int | None = 0
+    if job.recipe.register_as:
+        names = [name for name in job.recipe.candidates() if name[0] != "base"]
+        copied = max(candidate_bytes(job, *name) for name in names) if job.shape else None
+    seconds = None if copied is None else job.imports("mlflow") + TRACK_SECONDS + per_gb("copy", copied)
+    return StageEstimate(
+        stage="track", subject=job.recipe.name, seconds=seconds,
+        peak_memory_bytes=BASELINE_BYTES["track"], disk_bytes=copied,
+        notes=["track: disk for the largest variant, should it win"] if copied else [],
+    )  # fmt: skip
+
+
+def _unknown(stage: str, subject: str) -> StageEstimate:
+    return StageEstimate(stage=stage, subject=subject, seconds=None, peak_memory_bytes=None, disk_bytes=None)
+
+
+def _in_store(store: Store, stage: str, uri: str) -> bool:
+    """Whether a result of `stage` names `uri` as what it was built from."""
+    for path in (store.root / stage).glob(f"*/{RECORD}"):
+        try:
+            if json.dumps(uri) in path.read_text():
+                return True
+        except OSError:
+            continue
+    return False
