@@ -58,7 +58,7 @@ def prices() -> dict[str, dict[str, Any]]:
         facts = {"source": entry.get("source", sheet["source"]), "date": str(entry.get("date", sheet["date"]))}
         named[name] = {"usd_per_hour": entry["on_demand"], "purchase": "on demand", **facts}
         if "spot" in entry:
-            spot = {**facts, "source": sheet["spot_source"]}
+            spot = {"source": sheet["spot_source"], "date": str(sheet["spot_date"])}
             named[f"{name}:spot"] = {"usd_per_hour": entry["spot"], "purchase": "spot", **spot}
     return named
 
