@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ MAX_OVERLAP = 0.01
 Rows = Iterable[tuple[int, dict[str, Any]]]
 
 _VERSION = 1
+WINDOWS_VERSION = 2
 _DOCUMENTS_AT_ONCE = 32
 
 
@@ -93,30 +94,62 @@ def texts(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in stream]
 
 
-def windows(tokenizer: Any, documents: list[str], count: int, length: int, seed: int) -> np.ndarray:
-    """`count` windows of `length` tokens, int64 (count, length), the same for the same arguments.
+def windows(tokenizer: Any, documents: list[str], count: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` windows of `length` tokens, int64 (count, length), and the document that each token comes from, int32.
 
-    Documents are shuffled, tokenized without special tokens, each ended by the tokenizer's end-of-sequence token where
-    it has one, joined, and cut into windows that do not overlap. Only as many documents are tokenized as it takes.
-    Raises StageError when there are too few tokens.
+    The same for the same arguments; more windows begin with the same ones. Documents are shuffled, tokenized without
+    special tokens, each ended by the tokenizer's end-of-sequence token where it has one, joined, and cut into windows
+    that do not overlap. Only as many documents are tokenized as it takes. Raises StageError when there are too few
+    tokens.
     """
     import numpy as np
 
-    order = np.random.default_rng(seed).permutation(len(documents))
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
-    for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
-        batch = [documents[index] for index in order[start : start + _DOCUMENTS_AT_ONCE]]
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for ids in encoded["input_ids"]:
-            tokens += [*ids, *end]
+    owners: list[int] = []
+    for document, ids in _tokenized(tokenizer, documents, seed):
+        tokens += ids
+        owners += [document] * len(ids)
         if len(tokens) >= count * length:
-            return np.array(tokens[: count * length], dtype=np.int64).reshape(count, length)
+            shape, end = (count, length), count * length
+            return (
+                np.array(tokens[:end], dtype=np.int64).reshape(shape),
+                np.array(owners[:end], dtype=np.int32).reshape(shape),
+            )
     possible = len(tokens) // length
     raise StageError(
         f"the text gives {possible} windows of {length} tokens ({len(tokens)} tokens in all), {count} are asked for",
         f"ask for {possible} at most, for shorter windows, or name a larger text" if possible else "name a larger text",
     )
+
+
+def available(tokenizer: Any, documents: list[str], length: int) -> int:
+    """How many windows of `length` tokens the text gives."""
+    return sum(len(ids) for _, ids in _tokenized(tokenizer, documents, 0)) // length
+
+
+def _tokenized(tokenizer: Any, documents: list[str], seed: int) -> Iterator[tuple[int, list[int]]]:
+    """(number of a document, its tokens), in an order that the seed draws."""
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(documents))
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
+        chosen = order[start : start + _DOCUMENTS_AT_ONCE]
+        batch = [documents[index] for index in chosen]
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for document, ids in zip(chosen, encoded["input_ids"]):
+            yield int(document), [*ids, *end]
+
+
+def question_tokens(tokenizer: Any, path: Path) -> list[np.ndarray]:
+    """Questions with their choices, as token ids, one array a question."""
+    import numpy as np
+
+    with path.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    written = ["\n".join([row["question"], *row["choices"]]) for row in rows]
+    encoded = tokenizer(written, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
 
 # --- overlap ----------------------------------------------------------------------------------------------------------
@@ -156,12 +189,12 @@ def overlap(calibration: list[str], evaluation: list[str], n: int = OVERLAP_N) -
 
 
 def token_overlap(
-    calibration: np.ndarray,
-    evaluation: np.ndarray,
+    calibration: Sequence[np.ndarray],
+    evaluation: Sequence[np.ndarray],
     n: int = OVERLAP_N,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Overlap:
-    """Runs of `n` tokens that two sets of windows share; each is an integer array (windows, length).
+    """Runs of `n` tokens that two sets of token sequences share: arrays (windows, length), or lists of arrays.
 
     `decode` spells tokens in the example; without it the example says only where the run lies.
     """

@@ -18,16 +18,29 @@ from typing import Any
 from pennyweight import gate, machine, stages
 from pennyweight.benchmark import price_of
 from pennyweight.errors import PennyweightError, RecipeError, StoreError, TrackingError
+from pennyweight.evaluate import estimates
+from pennyweight.evaluate.evidence import write_rows
+from pennyweight.gate import Look
 from pennyweight.plan import Plan, make_plan
 from pennyweight.progress import Progress, duration, output_to
 from pennyweight.recipe import Recipe
-from pennyweight.records import BenchmarkReport, Candidate, CandidateResult, RecipeRef, RunRecord, Verdict
-from pennyweight.stages import Evaluated, Run
-from pennyweight.store import Store, digest_of
+from pennyweight.records import (
+    BenchmarkReport,
+    Candidate,
+    CandidateResult,
+    Checkpoint,
+    QualityReport,
+    RecipeRef,
+    RunRecord,
+    Verdict,
+)
+from pennyweight.stages import Run
+from pennyweight.store import Store, digest_of, file_digest
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 LOG_FILE = "run.log"
+SAMPLES_FOLDER = "samples"
 
 
 def run(recipe: Recipe, recipe_path: Path, runs: Path, store: Store, say: Callable[[str], None]) -> RunRecord:
@@ -61,11 +74,11 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
     base = stages.fetch_base(current)
     data = stages.fetch_data(current)
     texts = stages.make_windows(current, base, data)
-    stages.check_overlap(current, texts)
+    texts = stages.check_overlap(current, base, data, texts)
 
     checkpoints = {"base": base}
     candidates: dict[str, Candidate] = {}
-    evaluated: dict[str, Evaluated] = {}
+    seen: dict[str, list[Look]] = {}
     errors: dict[str, str] = {}
     for variant, steps in recipe.variants.items():
         with current.forgiving(variant, errors):
@@ -78,15 +91,16 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
         with current.forgiving(candidate_id, errors):
             candidates[candidate_id] = stages.export(current, variant, runtime, checkpoints[variant], texts)
 
-    reference = stages.make_reference(current, base, data, texts)
+    looker = Looker(current, base, data, texts)
     for candidate_id, candidate in candidates.items():
         with current.forgiving(candidate_id, errors):
-            evaluated[candidate_id] = stages.evaluate(current, candidate, data, texts, reference)
-    priced = [candidate for candidate in candidates.values() if candidate.id in evaluated]
+            seen[candidate_id] = looker.look(candidate)
+    priced = [candidate for candidate in candidates.values() if candidate.id in seen]
     benchmark = stages.benchmark(current, priced, texts)
     errors |= {name: f"benchmark: {reason}" for name, reason in benchmark.failures.items()}
 
-    results = _judge(recipe, checkpoints, candidates, evaluated, benchmark, errors, reference)
+    samples = _write_samples(folder, seen)
+    results = _judge(recipe, checkpoints, candidates, seen, looker.totals, samples, benchmark, errors)
     winner = gate.choose_winner(results, recipe.benchmark.decide_at)
     record = record.model_copy(
         update={
@@ -96,16 +110,60 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
             "price": benchmark.price,
             "candidates": results,
             "stages": current.times,
-            "notes": _notes(recipe, benchmark),
+            "notes": [*_notes(recipe, benchmark), *texts.notes],
             "seconds": time.perf_counter() - begin,
         }
     )
     write_record(record)
-    samples = {name: item.samples for name, item in evaluated.items()}
     record = track(record, samples, current)
     if record.tracking:
         log_unlogged(folder.parent, recipe.name)
     return _finish(record, current, begin)
+
+
+class Looker:
+    """Looks at candidates: once at what the suite says, and again at more where the recipe lets the gate ask for it."""
+
+    def __init__(self, run: Run, base: Checkpoint, data: dict[str, Path], texts: stages.Texts) -> None:
+        self._run, self._checkpoint, self._data, self._texts = run, base, data, texts
+        self._base = stages.export(run, "base", stages.REFERENCE_RUNTIME, base, texts)
+        self._references: dict[tuple[int, frozenset[str]], tuple[stages.Part, stages.Reference]] = {}
+        self.totals: dict[str, int] = {}
+        _, reference = self._reference(0, set(run.recipe.evaluate.first_sizes()))
+        self.totals = stages.totals(run, base, data, reference)
+
+    def look(self, candidate: Candidate) -> list[Look]:
+        """What is seen of a candidate, and of the base on the same items, after each look that its verdict took."""
+        recipe = self._run.recipe
+        sources = set(recipe.evaluate.first_sizes())
+        seen: list[Look] = []
+        while sources:
+            part, reference = self._reference(len(seen), sources)
+            found = Look(stages.evaluate(self._run, candidate, self._base, part, reference), reference.evidence())
+            seen.append(Look(seen[-1].ours.plus(found.ours), seen[-1].base.plus(found.base)) if seen else found)
+            sources = set()
+            if recipe.on_inconclusive == "extend" and candidate.variant != "base":
+                sources = gate.to_extend(recipe, seen, self.totals, recipe.imitates_base(candidate.variant))
+        return seen
+
+    def _reference(self, look: int, sources: set[str]) -> tuple[stages.Part, stages.Reference]:
+        key = (look, frozenset(sources))
+        if key not in self._references:
+            part = stages.part_of_suite(
+                self._run, self._checkpoint, self._data, self._texts, look, sources, self.totals
+            )
+            self._references[key] = part, stages.make_reference(self._run, self._base, part)
+        return self._references[key]
+
+
+def _write_samples(folder: Path, seen: dict[str, list[Look]]) -> dict[str, Path]:
+    """Each candidate's answers, one file each: what `show`, `compare` and MLflow read."""
+    (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
+    written = {}
+    for name, found in seen.items():
+        written[name] = folder / SAMPLES_FOLDER / f"{name}.jsonl"
+        write_rows(found[-1].ours.rows, written[name])
+    return written
 
 
 def track(record: RunRecord, samples: dict[str, Path], current: Run | None = None) -> RunRecord:
@@ -150,23 +208,22 @@ def _judge(
     recipe: Recipe,
     checkpoints: dict[str, Any],
     candidates: dict[str, Candidate],
-    evaluated: dict[str, Evaluated],
+    seen: dict[str, list[Look]],
+    totals: dict[str, int],
+    samples: dict[str, Path],
     benchmark: BenchmarkReport,
     errors: dict[str, str],
-    reference: stages.Reference,
 ) -> list[CandidateResult]:
     results = []
     for variant, runtime in recipe.candidates():
         name = f"{variant}@{runtime}"
-        measured = evaluated.get(name)
         cost = benchmark.reports.get(name)
         if name in errors:
             verdict = Verdict(status="error", reasons=[errors[name]])
         elif variant == "base":
             verdict = Verdict(status="base", reasons=["the base's own candidate: what the others are compared with"])
         else:
-            assert measured is not None
-            verdict = gate.judge(recipe, measured.quality, cost, measured.rows(), reference.rows())
+            verdict = gate.judge(recipe, seen[name], totals, cost, recipe.imitates_base(variant))
         results.append(
             CandidateResult(
                 id=name,
@@ -174,12 +231,23 @@ def _judge(
                 runtime=runtime,
                 checkpoint=checkpoints.get(variant),
                 candidate=candidates.get(name),
-                quality=measured.quality if measured else None,
+                quality=_quality(recipe, name, seen[name][-1], samples[name]) if name in seen else None,
                 cost=cost,
                 verdict=verdict,
             )
         )
     return results
+
+
+def _quality(recipe: Recipe, name: str, look: Look, samples: Path) -> QualityReport:
+    return QualityReport(
+        candidate=name,
+        metrics=estimates.metrics(look.ours, look.base, recipe.evaluate),
+        samples_path=str(samples),
+        samples_digest=file_digest(samples),
+        tokens_scored=sum(text.documents.size for text in look.ours.texts.values()),
+        seconds=look.ours.seconds,
+    )
 
 
 def refuse_impossible(plan: Plan) -> None:

@@ -9,33 +9,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pennyweight import shipped
 from pennyweight.errors import Problem, RecipeError, did_you_mean
+from pennyweight.schema import Digest, Name, Section
+from pennyweight.suite import DIVERGENCE_METRICS, Condition, Suite
 from pennyweight.yamlfile import YamlFile, apply_overrides
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 RuntimeName = Literal["transformers", "onnxruntime"]
 Scheme = Literal["w8a16", "w4a16"]
 
 SOURCE_SCHEMES = ("hf", "pypi", "file", "models")
-
-#: Metrics that a suite with `divergence` measures, and whether more is better.
-DIVERGENCE_METRICS = {
-    "kl_mean": False,
-    "kl_p99": False,
-    "top1_agreement": True,
-    "perplexity": False,
-    "perplexity_ratio": False,
-}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, strict=True)
 
 
 class Base(Section):
@@ -56,10 +43,15 @@ class Calibration(Section):
     """Number of windows."""
     length: int = Field(512, ge=8)
     """Tokens in each window."""
+    allow_overlap: bool = False
+    """Report text that the evaluation uses too, instead of refusing the variant."""
 
 
 class Quantize(Section):
     """Quantize the weights of the decoder's linear layers."""
+
+    imitates_base: ClassVar[bool] = True
+    """Whether the result should predict what the base predicts, so that divergence from it is damage."""
 
     kind: Literal["quantize"] = "quantize"
     scheme: Scheme
@@ -70,7 +62,7 @@ class Quantize(Section):
     """Weights that share one scale. Must divide every quantized layer's input size."""
     symmetric: bool = True
     """Without zero points."""
-    ignore: list[str] = []
+    ignore: list[str] = Field([])
     """Layers to leave alone: module names, or `re:` and a regular expression."""
     head: Literal["none", "w8a16", "w4a16"] = "none"
     """Scheme of the output head, left alone by default. A tied head is untied; the embedding stays as it is."""
@@ -114,80 +106,6 @@ def scheme_bits(scheme: str) -> int:
 class Runtimes(Section):
     base: list[RuntimeName] = Field(min_length=1)
     variants: list[RuntimeName] = Field(min_length=1)
-
-
-class Divergence(Section):
-    text: str
-    """Name of a text data set that no step calibrates on."""
-    windows: int = Field(16, ge=1)
-    length: int = Field(512, ge=8)
-    """Tokens in each window."""
-
-
-class TaskRef(Section):
-    task: str
-    """Name of a task in evals/tasks."""
-    limit: int | None = Field(None, ge=1)
-    """Number of items, drawn with the suite's seed; all of them by default."""
-
-
-class Suite(Section):
-    name: Name
-    description: str = ""
-    divergence: Divergence | None = None
-    tasks: list[TaskRef] = []
-    batch_size: int = Field(8, ge=1)
-    """Sequences scored at once. It changes the last digits, so it is one for all candidates."""
-    seed: int = 0
-
-    @field_validator("tasks", mode="before")
-    @classmethod
-    def _names_to_tasks(cls, value: Any) -> Any:
-        return (
-            [{"task": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
-        )
-
-    @model_validator(mode="after")
-    def _measures_something(self) -> Suite:
-        if not self.divergence and not self.tasks:
-            raise ValueError("a suite needs `divergence`, `tasks`, or both")
-        return self
-
-    def metrics(self) -> dict[str, bool]:
-        """Names of all metrics that the suite measures → higher is better."""
-        names = dict(DIVERGENCE_METRICS) if self.divergence else {}
-        for ref in self.tasks:
-            task = shipped.tasks().get(ref.task, {})
-            for metric in task.get("metric_list", []):
-                names[f"{ref.task}/{metric['metric']}"] = bool(metric["higher_is_better"])
-        return names
-
-
-class Condition(Section):
-    """One condition of the gate. Names a metric, and exactly one of `max`, `min` and `non_inferior_within`."""
-
-    metric: str
-    task: str | None = None
-    max: float | None = None
-    min: float | None = None
-    non_inferior_within: float | None = Field(None, gt=0, lt=1)
-    """Passes when the paired one-sided interval for (candidate − base) lies above minus this margin."""
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> Condition:
-        given = [name for name in ("max", "min", "non_inferior_within") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"needs exactly one of max, min and non_inferior_within, has {' and '.join(given) or 'none'}"
-            )
-        if given == ["non_inferior_within"] and self.task is None:
-            raise ValueError("non_inferior_within compares a task's answers item by item; add `task:`")
-        return self
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}/{self.metric}" if self.task else self.metric
 
 
 class Workload(Section):
@@ -299,10 +217,13 @@ class Recipe(Section):
     evaluate: Suite
     """A shipped suite's name, a suite file's path, or a suite."""
     gate: list[Condition] = Field(min_length=1)
+    on_inconclusive: Literal["report", "extend"] = "report"
+    """extend: draw more questions and text for a candidate whose verdict is inconclusive, twice as many at each look,
+    up to what the data have. The looks share one error probability between them, so every bound is a little wider."""
     benchmark: Benchmark
     register_as: Name | None = Field(None, alias="register")
     """Name in the model registry that the winner is registered under; nothing is registered without it."""
-    data: dict[Name, DataSource] = {}
+    data: dict[Name, DataSource] = Field({})
     """Data sets of your own. The shipped ones that the recipe names are added here when it is resolved."""
 
     @field_validator("base", mode="before")
@@ -340,6 +261,10 @@ class Recipe(Section):
         for variant in self.variants:
             for runtime in self.runtimes.variants:
                 yield variant, runtime
+
+    def imitates_base(self, variant: str) -> bool:
+        """Whether a variant should predict what the base predicts, so that divergence from it is damage."""
+        return all(step.imitates_base for step in self.variants.get(variant, []))
 
     def dump(self) -> dict[str, Any]:
         """The recipe as JSON values, in the shape that it is written in."""
@@ -422,15 +347,36 @@ def _load_suite(file: YamlFile, value: Any, problems: list[Problem]) -> dict[str
             return None
     else:
         return value  # missing or of a wrong type: the schema says so
-    return None if suite is None else suite.model_dump(mode="json")
+    return None if suite is None else suite.model_dump(mode="json", by_alias=True)
 
 
 def _check_tasks(suite: Suite, file: YamlFile, prefix: str, problems: list[Problem]) -> None:
     known = shipped.tasks()
     for index, ref in enumerate(suite.tasks):
-        if ref.task not in known:
-            path = f"{prefix}.{index}.task"
-            problems.append(file.problem(path, f"unknown task {ref.task!r}", did_you_mean(ref.task, list(known))))
+        path = f"{prefix}.{index}.task"
+        if ref.origin == "pennyweight" and ref.task not in known:
+            hint = did_you_mean(ref.task, list(known)) + "; one of lm-eval's own tasks needs `from: lm-eval`"
+            problems.append(file.problem(path, f"unknown task {ref.task!r}", hint))
+        elif ref.origin == "pennyweight" and (fault := task_fault(known[ref.task])):
+            problems.append(file.problem(path, f"task {ref.task!r}: {fault}", f"see {shipped.root() / 'evals/tasks'}"))
+
+
+def task_fault(task: dict[str, Any]) -> str | None:
+    """What is wrong with a task's YAML, as far as it shows before anything is loaded."""
+    for key in ("doc_to_text", "doc_to_target", "metric_list", "output_type"):
+        if key not in task:
+            return f"has no `{key}`"
+    if task["output_type"] not in ("multiple_choice", "generate_until"):
+        return f"output_type {task['output_type']!r} gives no score a question; multiple_choice and generate_until do"
+    if task["output_type"] == "multiple_choice" and "doc_to_choice" not in task:
+        return "has no `doc_to_choice`"
+    if not (isinstance(task["metric_list"], list) and task["metric_list"]):
+        return "`metric_list` is empty"
+    if any(not isinstance(item, dict) or {"metric", "higher_is_better"} - item.keys() for item in task["metric_list"]):
+        return "every item of `metric_list` needs `metric` and `higher_is_better`"
+    if "data" not in task.get("metadata", {}):
+        return "`metadata.data` names no data set"
+    return None
 
 
 def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Recipe:
@@ -440,11 +386,13 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
         for index, step in enumerate(steps):
             if step.calibrate:
                 wanted[step.calibrate.source] = (f"variants.{variant}.{index}.{step.kind}.calibrate", "text")
-    if recipe.evaluate.divergence and recipe.evaluate.name != "unknown":
-        wanted[recipe.evaluate.divergence.text] = ("evaluate", "text")
-    for ref in recipe.evaluate.tasks:
-        task = shipped.tasks().get(ref.task)
-        if task:
+    suite = recipe.evaluate
+    if suite.name != "unknown":
+        wanted |= {item.text: ("evaluate", "text") for item in suite.texts().values()}
+        wanted |= {suite.generation.text: ("evaluate", "text")} if suite.generation else {}
+    for ref in suite.tasks:
+        task = shipped.tasks().get(ref.task, {})
+        if ref.origin == "pennyweight" and not task_fault(task):
             wanted[task["metadata"]["data"]] = ("evaluate", "questions")
     catalog = {name: DataSource.model_validate(body) for name, body in shipped.sources().items()} | recipe.data
     for name, (path, kind) in wanted.items():
@@ -475,9 +423,31 @@ def _check_uris(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None
 def _check_gate(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None:
     measured = recipe.evaluate.metrics()
     for index, condition in enumerate(recipe.gate):
-        if condition.name not in measured:
-            message = f"suite {recipe.evaluate.name!r} does not measure {condition.name!r}"
-            problems.append(file.problem(f"gate.{index}", message, did_you_mean(condition.name, list(measured))))
+        path = f"gate.{index}"
+        unknown = [name for name in condition.names if name not in measured]
+        for name in unknown:
+            message = f"suite {recipe.evaluate.name!r} does not measure {name!r}"
+            problems.append(file.problem(path, message, did_you_mean(name, list(measured))))
+        if not unknown and (fault := _condition_fault(condition, measured[condition.names[0]])):
+            problems.append(file.problem(path, *fault))
+
+
+def _condition_fault(condition: Condition, higher_is_better: bool) -> tuple[str, str] | None:
+    """A bound that no sense can be made of for this metric: (what is wrong, what to write instead)."""
+    metric = condition.metric
+    if condition.max is not None and higher_is_better:
+        return f"more is better for {metric}; a `max` would reject the better model", "use `min`"
+    if condition.min is not None and not higher_is_better:
+        return f"less is better for {metric}; a `min` would reject the better model", "use `max`"
+    from_base = metric in DIVERGENCE_METRICS and metric != "perplexity"
+    if condition.relative_within is not None and from_base:
+        return (
+            f"{metric} is measured from the base already; a fraction of the base's says nothing",
+            "use `max` or `min`",
+        )
+    if condition.non_inferior_within is not None and metric in DIVERGENCE_METRICS:
+        return f"{metric} has no answers to pair", "use `max`, `min` or `relative_within`"
+    return None
 
 
 # --- pydantic's errors in our words -----------------------------------------------------------------------------------

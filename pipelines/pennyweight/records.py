@@ -40,6 +40,8 @@ class Parity(Record):
     top1_agreement: float
     tokens: int
     tolerance: float
+    delta_mean: float | None = Field(None, description="mean |Δ log p| of the tokens that follow, nats")
+    delta_max: float | None = Field(None, description="largest |Δ log p| of the tokens that follow, nats")
     quantized_tensors: int = Field(description="tensors quantized in the exported file")
 
 
@@ -63,10 +65,17 @@ class MetricValue(Record):
 
     value: float
     stderr: float | None = None
+    low: float | None = Field(None, description="95% interval; None where the data give no bound")
+    high: float | None = None
     n: int
     base: float | None = None
     delta: float | None = None
     delta_stderr: float | None = None
+    delta_low: float | None = Field(None, description="95% interval of delta, paired item by item")
+    delta_high: float | None = None
+    gained: int | None = Field(None, description="questions that only the candidate answered rightly")
+    lost: int | None = Field(None, description="questions that only the base answered rightly")
+    mcnemar_p: float | None = Field(None, description="exact two-sided McNemar test of gained against lost")
     higher_is_better: bool
 
 
@@ -141,9 +150,29 @@ class BenchmarkReport(Record):
     machine: dict[str, Any]
 
 
+class ConditionResult(Record):
+    """One condition of the gate: what was seen, how sure that is, and what it would take to be surer."""
+
+    name: str
+    status: Literal["pass", "fail", "inconclusive", "info"] = Field(description="`info`: it does not decide")
+    reason: str
+    higher_is_better: bool
+    value: float | None = Field(None, description="of the metric, or of its difference from the base")
+    threshold: float | None = Field(None, description="what the value is compared with")
+    worst: float | None = Field(None, description="one-sided confidence bound on the bad side; None: no bound")
+    best: float | None = Field(None, description="one-sided confidence bound on the good side")
+    n: int = Field(0, description="questions, prompts or tokens")
+    look: int = 1
+    looks: int = Field(1, description="looks that were planned; more than 1 with `on_inconclusive: extend`")
+    detectable: float | None = Field(None, description="distance from the threshold seen with 80% power at this n")
+    needed: int | None = Field(None, description="n that passes a candidate as good as the base with 80% power")
+    needed_as_seen: int | None = Field(None, description="n that decides with 80% power if the value is the truth")
+
+
 class Verdict(Record):
     status: VerdictStatus
     reasons: list[str]
+    conditions: list[ConditionResult] = []
 
 
 class Registered(Record):

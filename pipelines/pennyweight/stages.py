@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,24 +15,22 @@ from pennyweight import benchmark as bench
 from pennyweight import evaluate as quality
 from pennyweight import machine, runtimes, shipped
 from pennyweight.errors import PennyweightError, StageError
+from pennyweight.evaluate import looks
+from pennyweight.evaluate.evidence import Evidence
 from pennyweight.plan import Plan
 from pennyweight.progress import Progress
 from pennyweight.recipe import Recipe, RuntimeName, Step
-from pennyweight.records import (
-    BenchmarkReport,
-    Candidate,
-    Checkpoint,
-    Parity,
-    QualityReport,
-    StageTime,
-)
+from pennyweight.records import BenchmarkReport, Candidate, Checkpoint, Parity, StageTime
 from pennyweight.store import Entry, Store, file_digest, folder_digest
+from pennyweight.suite import GENERATION, TaskRef
 
 if TYPE_CHECKING:
     import numpy as np
 
 #: KL between an exported file and the checkpoint that it was made from, in nats per token, above which it is refused.
 PARITY_TOLERANCE = 0.02
+#: Nats that a token's log-probability may differ by where both compute in float32 and nothing is quantized.
+EXACT_TOLERANCE = 0.01
 #: Enough tokens that one odd token does not decide.
 PARITY_WINDOWS = 4
 PARITY_LENGTH = 256
@@ -119,33 +117,44 @@ class Run:
 class Texts:
     """Token windows on disk, int64 (windows, length), by what they are for."""
 
-    paths: dict[str, Path]
+    folders: dict[str, Path]
     digests: dict[str, str]
     failures: dict[str, str] = field(default_factory=dict)
-    """Why a variant's calibration text could not be cut; that variant's error and nobody else's."""
+    """Why a variant's calibration text cannot be used; that variant's error and nobody else's."""
+    notes: list[str] = field(default_factory=list)
 
     def load(self, name: str) -> np.ndarray | None:
         import numpy as np
 
-        return np.load(self.paths[name]) if name in self.paths else None
+        return np.load(self.folders[name] / "windows.npy") if name in self.folders else None
+
+    def documents(self, name: str) -> np.ndarray:
+        """The document that each token comes from, int32 (windows, length)."""
+        import numpy as np
+
+        return np.load(self.folders[name] / "documents.npy")
 
 
 @dataclass(frozen=True)
 class Reference:
+    """What the base said to one look's part of the suite."""
+
     folder: Path
     key: str
+    totals: dict[str, int]
+    """Task → how many items it has."""
 
-    def rows(self) -> list[dict[str, Any]]:
-        return quality.read_samples(self.folder / quality.SAMPLES)
+    def evidence(self) -> Evidence:
+        return Evidence.read(self.folder)
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    quality: QualityReport
-    samples: Path
+class Part:
+    """What one look takes of the suite: the data, and what identifies them."""
 
-    def rows(self) -> list[dict[str, Any]]:
-        return quality.read_samples(self.samples)
+    look: int
+    inputs: quality.Inputs
+    key: dict[str, Any]
 
 
 def fetch_base(run: Run) -> Checkpoint:
@@ -179,15 +188,19 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
                 c = step.calibrate
                 wanted[_calibration_name(variant, index)] = (c.source, c.samples, c.length, recipe.seed)
     suite = recipe.evaluate
-    prompt_text = next(iter(sorted(name for name, source in recipe.data.items() if source.text)), None)
-    if suite.divergence:
-        text = prompt_text = suite.divergence.text
-        wanted["divergence"] = (text, suite.divergence.windows, suite.divergence.length, suite.seed)
-        wanted["parity"] = (text, PARITY_WINDOWS, min(PARITY_LENGTH, suite.divergence.length), suite.seed + 1)
-    if prompt_text is not None:
+    for name, item in suite.texts().items():
+        wanted[_text_name(name)] = (item.text, item.windows, item.length, suite.seed)
+    if suite.generation:
+        item = suite.generation
+        wanted[_text_name(GENERATION)] = (item.text, item.prompts, item.input_tokens, suite.seed + 3)
+    known = [item.text for item in suite.texts().values()] + ([suite.generation.text] if suite.generation else [])
+    known += sorted(name for name, source in recipe.data.items() if source.text)
+    if known:
         shape = recipe.benchmark.workload
-        wanted["prompts"] = (prompt_text, max(recipe.benchmark.concurrency), shape.input_tokens, recipe.seed + 2)
-    paths, digests, failures = {}, {}, {}
+        parity_length = min(PARITY_LENGTH, suite.divergence.length) if suite.divergence else PARITY_LENGTH
+        wanted["parity"] = (known[0], PARITY_WINDOWS, parity_length, suite.seed + 1)
+        wanted["prompts"] = (known[0], max(recipe.benchmark.concurrency), shape.input_tokens, recipe.seed + 2)
+    folders, digests, failures = {}, {}, {}
     with run.stage("data", "token windows") as stage:
         stage.reused = True
         for purpose, (source, count, length, seed) in wanted.items():
@@ -199,53 +212,98 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
                 failures[purpose] = str(error)
                 continue
             stage.reused &= entry.reused
-            paths[purpose] = entry.files / "windows.npy"
+            folders[purpose] = entry.files
             digests[purpose] = entry.record["digest"]
-    return Texts(paths, digests, failures)
+    return Texts(folders, digests, failures)
 
 
 def _windows(run: Run, base: Checkpoint, text: Path, count: int, length: int, seed: int) -> Entry:
     from pennyweight import datasets
 
-    inputs = {
-        "version": 1,
+    def build(files: Path) -> dict[str, Any]:
+        import numpy as np
+
+        cut, owners = datasets.windows(_tokenizer(base), datasets.texts(text), count, length, seed)
+        np.save(files / "windows.npy", cut)
+        np.save(files / "documents.npy", owners)
+        return {"digest": file_digest(files / "windows.npy")}
+
+    return run.store.get_or_build(
+        "windows", _text_key(base, text) | {"count": count, "length": length, "seed": seed}, build
+    )
+
+
+def _text_key(base: Checkpoint, text: Path) -> dict[str, Any]:
+    from pennyweight.datasets import WINDOWS_VERSION
+
+    return {
+        "version": WINDOWS_VERSION,
         "text": file_digest(text),
         "tokenizer": _tokenizer_digest(Path(base.path)),
-        "count": count,
-        "length": length,
-        "seed": seed,
         "libraries": runtimes.versions(("tokenizers", "numpy")),
     }
 
-    def build(files: Path) -> dict[str, Any]:
-        import numpy as np
-        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(base.path)
-        np.save(files / "windows.npy", datasets.windows(tokenizer, datasets.texts(text), count, length, seed))
-        return {"digest": file_digest(files / "windows.npy")}
-
-    return run.store.get_or_build("windows", inputs, build)
-
-
-def check_overlap(run: Run, texts: Texts) -> None:
-    """Raise StageError where a variant calibrates on text that the evaluation uses."""
-    calibration = [name for name in texts.paths if name.startswith("calibration/")]
-    if not calibration or "divergence" not in texts.paths:
-        return
+def totals(run: Run, base: Checkpoint, data: dict[str, Path], reference: Reference) -> dict[str, int]:
+    """Source of evidence → how many windows, items or prompts the data have. Counted only where more may be drawn."""
     from pennyweight import datasets
 
+    suite = run.recipe.evaluate
+    if run.recipe.on_inconclusive != "extend":
+        return {}
+    lengths = {name: (item.text, item.length) for name, item in suite.texts().items()}
+    if suite.generation:
+        lengths[GENERATION] = (suite.generation.text, suite.generation.input_tokens)
+    found = dict(reference.totals)
+    with run.stage("data", "items to draw from") as stage:
+        stage.reused = True
+        for name, (text, length) in lengths.items():
+
+            def build(_: Path, text: str = text, length: int = length) -> dict[str, Any]:
+                return {"available": datasets.available(_tokenizer(base), datasets.texts(data[text]), length)}
+
+            entry = run.store.get_or_build("available", _text_key(base, data[text]) | {"length": length}, build)
+            stage.reused &= entry.reused
+            found[name] = entry.record["available"]
+    return found
+
+
+def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Texts) -> Texts:
+    """Refuse variants that calibrate on what they are judged on; where their recipe allows it, note it instead."""
+    from pennyweight import datasets
+
+    calibration = [name for name in texts.folders if name.startswith("calibration/")]
+    if not calibration:
+        return texts
+    suite = run.recipe.evaluate
+    judged: dict[str, str] = {name: texts.digests[name] for name in texts.digests if name.startswith("text/")}
+    judged |= {ref.task: file_digest(data[_task_data(ref)]) for ref in suite.tasks if ref.origin == "pennyweight"}
+    failures, notes = dict(texts.failures), list(texts.notes)
     with run.stage("data", "overlap check") as stage:
         stage.reused = True
         for name in calibration:
-            inputs = {"version": 1, "calibration": texts.digests[name], "evaluation": texts.digests["divergence"]}
+            for against, digest in judged.items():
 
-            def build(_: Path, name: str = name) -> dict[str, Any]:
-                found = datasets.token_overlap(texts.load(name), texts.load("divergence"))
-                datasets.refuse_overlap(found, name.removeprefix("calibration/"))
-                return found.model_dump(mode="json")
+                def build(_: Path, name: str = name, against: str = against) -> dict[str, Any]:
+                    evaluation = texts.load(against)
+                    if evaluation is None:
+                        ref = next(ref for ref in suite.tasks if ref.task == against)
+                        evaluation = datasets.question_tokens(_tokenizer(base), data[_task_data(ref)])
+                    return datasets.token_overlap(texts.load(name), evaluation).model_dump(mode="json")
 
-            stage.reused &= run.store.get_or_build("overlap", inputs, build).reused
+                inputs = {"version": 2, "calibration": texts.digests[name], "evaluation": digest}
+                entry = run.store.get_or_build("overlap", inputs, build)
+                stage.reused &= entry.reused
+                variant, _, index = name.removeprefix("calibration/").rpartition("/")
+                calibrate = run.recipe.variants[variant][int(index)].calibrate
+                try:
+                    datasets.refuse_overlap(datasets.Overlap.model_validate(entry.record), variant)
+                except StageError as error:
+                    if calibrate and calibrate.allow_overlap:
+                        notes.append(f"Allowed by the recipe: {error}")
+                    else:
+                        failures[name] = str(error)
+    return replace(texts, failures=failures, notes=notes)
 
 
 def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, texts: Texts) -> Checkpoint:
@@ -339,65 +397,134 @@ def _check_parity(run: Run, candidate: Candidate, texts: Texts) -> Parity | None
     found = torch.log_softmax(session.logits(windows).float().cpu(), -1)
     session.close()
     kl = token_kl(expected.flatten(0, 1), found.flatten(0, 1)).mean().item()
+    following = torch.from_numpy(windows)[:, 1:, None]
+    moved = (expected[:, :-1].gather(-1, following) - found[:, :-1].gather(-1, following)).abs()
+    quantized = runtimes.get(candidate.runtime).quantized_tensors(Path(candidate.path))
+    exact = own.dtype == "float32" and not quantized
     if not kl <= PARITY_TOLERANCE:
         raise StageError(
             f"{candidate.id}: the exported file is not its checkpoint: KL {kl:.4f} > {PARITY_TOLERANCE} nats per token",
             "this is a fault of the export, not of the model; another runtime may carry this variant",
         )
-    agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean().item()
+    if exact and not moved.max().item() <= EXACT_TOLERANCE:
+        raise StageError(
+            f"{candidate.id}: the exported file is not its checkpoint: a token's log-probability is off by "
+            f"{moved.max().item():.3g}, more than {EXACT_TOLERANCE}, and nothing in it is quantized",
+            "this is a fault of the export, not of the model; another runtime may carry this variant",
+        )
     return Parity(
         kl_mean=kl,
-        top1_agreement=agreement,
+        top1_agreement=(expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
         tokens=windows.size,
         tolerance=PARITY_TOLERANCE,
-        quantized_tensors=runtimes.get(candidate.runtime).quantized_tensors(Path(candidate.path)),
+        delta_mean=moved.mean().item(),
+        delta_max=moved.max().item(),
+        quantized_tensors=quantized,
     )
 
 
-def make_reference(run: Run, base: Checkpoint, data: dict[str, Path], texts: Texts) -> Reference:
-    """What the base itself says to the suite, in transformers. Computed once for all candidates."""
-    candidate = export(run, "base", REFERENCE_RUNTIME, base, texts)
-    inputs = {
-        "candidate": candidate.digest,
-        "dtype": candidate.dtype,
-        **_suite_key(run, REFERENCE_RUNTIME, data, texts),
-    }
+def make_reference(run: Run, candidate: Candidate, part: Part) -> Reference:
+    """What the base itself says to a part of the suite, in transformers. Computed once for all candidates."""
+    inputs = {"candidate": candidate.digest, "dtype": candidate.dtype, **part.key}
 
     def build(files: Path) -> dict[str, Any]:
         session = _load(run, candidate)
         with stage.library():
-            quality.write_reference(session, _tokenizer(base), run.recipe.evaluate, _inputs(run, data, texts), files)
+            tokenizer, suite = _tokenizer(candidate.checkpoint), run.recipe.evaluate
+            found = quality.write_reference(session, tokenizer, suite, part.inputs, files, run.device)
         session.close()
-        return {}
+        return {"totals": found}
 
-    with run.stage("reference", candidate.id) as stage:
+    with run.stage("reference", _subject(candidate, part)) as stage:
         entry = run.store.get_or_build("reference", inputs, build)
         stage.reused = entry.reused
-    return Reference(entry.files, entry.key)
+    return Reference(entry.files, entry.key, entry.record["totals"])
 
 
-def evaluate(run: Run, candidate: Candidate, data: dict[str, Path], texts: Texts, reference: Reference) -> Evaluated:
-    """The candidate's quality, on the same samples as the reference."""
-    is_reference = candidate.variant == "base" and candidate.runtime == REFERENCE_RUNTIME
-    key = _suite_key(run, candidate.runtime, data, texts)
-    inputs = {"candidate": candidate.digest, "dtype": candidate.dtype, "reference": reference.key, **key}
+def evaluate(run: Run, candidate: Candidate, base: Candidate, part: Part, reference: Reference) -> Evidence:
+    """What the candidate says to a part of the suite, beside what the base said.
+
+    `base` is the base's candidate in transformers.
+    """
+    is_reference = candidate.digest == base.digest and candidate.runtime == base.runtime
+    inputs = {
+        "candidate": candidate.digest,
+        "dtype": candidate.dtype,
+        "reference": reference.key,
+        **part.key,
+        **runtimes.key(candidate.runtime, run.device),
+    }
+    expected = run.plan.expected_seconds("evaluate", candidate.id) or 0.0
 
     def build(files: Path) -> dict[str, Any]:
         with stage.library():
             session = None if is_reference else _load(run, candidate)
-            tokenizer = None if is_reference else _tokenizer(candidate.checkpoint)
-            suite, on_disk = run.recipe.evaluate, _inputs(run, data, texts)
-            report = quality.evaluate(session, tokenizer, candidate, suite, on_disk, reference.folder, files)
+            seconds = quality.evaluate(
+                session,
+                _tokenizer(candidate.checkpoint),
+                run.recipe.evaluate,
+                part.inputs,
+                reference.folder,
+                files,
+                lambda: _load(run, base),
+                run.device,
+                lambda done: run.progress.fraction("evaluate", candidate.id, done, expected),
+            )
             if session is not None:
                 session.close()
-        return report.model_dump(mode="json")
+        return {"seconds": seconds}
 
-    with run.stage("evaluate", candidate.id) as stage:
+    with run.stage("evaluate", _subject(candidate, part)) as stage:
         entry = run.store.get_or_build("evaluate", inputs, build)
         stage.reused = entry.reused
-    samples = entry.files / quality.SAMPLES
-    report = QualityReport.model_validate(entry.record)
-    return Evaluated(report.model_copy(update={"candidate": candidate.id, "samples_path": str(samples)}), samples)
+    return Evidence.read(entry.files, entry.record["seconds"])
+
+
+def _subject(candidate: Candidate, part: Part) -> str:
+    return f"{candidate.id}, look {part.look + 1}" if part.look else candidate.id
+
+
+def part_of_suite(
+    run: Run,
+    base: Checkpoint,
+    data: dict[str, Path],
+    texts: Texts,
+    look: int,
+    sources: set[str],
+    totals: dict[str, int],
+) -> Part:
+    """What look number `look` (from 0) adds of `sources`. `totals` are needed from the second look on."""
+    suite, first = run.recipe.evaluate, run.recipe.evaluate.first_sizes()
+    windows, documents, digests, prompts = {}, {}, {}, None
+    shapes = {name: (item.text, item.length, suite.seed) for name, item in suite.texts().items()}
+    if suite.generation:
+        shapes[GENERATION] = (suite.generation.text, suite.generation.input_tokens, suite.seed + 3)
+    for name, (text, length, seed) in shapes.items():
+        if name not in sources:
+            continue
+        added = looks.part(first[name], look)
+        purpose, seen = _text_name(name), texts
+        if look:
+            entry = _windows(run, base, data[text], min(added.stop, totals[name]), length, seed)
+            seen = Texts({purpose: entry.files}, {purpose: entry.record["digest"]})
+        found = seen.load(purpose)
+        assert found is not None
+        digests[name] = [seen.digests[purpose], look]
+        if name == GENERATION:
+            prompts = found[added]
+        else:
+            windows[name], documents[name] = found[added], seen.documents(purpose)[added]
+    refs = [ref for ref in suite.tasks if ref.task in sources]
+    ours = {ref.task: data[_task_data(ref)] for ref in refs if ref.origin == "pennyweight"}
+    inputs = quality.Inputs(
+        windows,
+        documents,
+        ours,
+        {ref.task: looks.part(first[ref.task], look) for ref in refs},
+        prompts,
+        looks.part(first[GENERATION], look).start or 0 if prompts is not None else 0,
+    )
+    return Part(look, inputs, _suite_key(run, digests, refs, ours, look))
 
 
 def benchmark(run: Run, candidates: list[Candidate], texts: Texts) -> BenchmarkReport:
@@ -449,28 +576,34 @@ def _prompts(run: Run, texts: Texts) -> np.ndarray:
     return windows
 
 
-def _suite_key(run: Run, runtime: RuntimeName, data: dict[str, Path], texts: Texts) -> dict[str, Any]:
+def _suite_key(
+    run: Run, digests: dict[str, Any], refs: list[TaskRef], data: dict[str, Path], look: int
+) -> dict[str, Any]:
     """What of the suite changes a candidate's numbers."""
     suite = run.recipe.evaluate
-    task_data = {ref.task: file_digest(data[_task_data(ref.task)]) for ref in suite.tasks}
     return {
         "evaluate_version": quality.VERSION,
-        "divergence": texts.digests.get("divergence"),
-        "tasks": [[ref.task, ref.limit, shipped.tasks()[ref.task], task_data[ref.task]] for ref in suite.tasks],
+        "texts": digests,
+        "generation": suite.generation.output_tokens if suite.generation and GENERATION in digests else None,
+        "tasks": [
+            [ref.task, ref.limit, look, shipped.tasks()[ref.task], file_digest(data[ref.task])]
+            if ref.task in data
+            else [ref.task, ref.limit, look, ref.origin]
+            for ref in refs
+        ],
         "batch_size": suite.batch_size,
         "seed": suite.seed,
         "libraries_of_suite": runtimes.versions(("lm-eval", "tokenizers", "datasets")),
-        **runtimes.key(runtime, run.device),
+        **{f"base_{name}": value for name, value in runtimes.key(REFERENCE_RUNTIME, run.device).items()},
     }
 
 
-def _inputs(run: Run, data: dict[str, Path], texts: Texts) -> quality.EvaluationInputs:
-    tasks = {ref.task: data[_task_data(ref.task)] for ref in run.recipe.evaluate.tasks}
-    return quality.EvaluationInputs(texts.load("divergence"), tasks)
+def _task_data(ref: TaskRef) -> str:
+    return shipped.tasks()[ref.task]["metadata"]["data"]
 
 
-def _task_data(task: str) -> str:
-    return shipped.tasks()[task]["metadata"]["data"]
+def _text_name(name: str) -> str:
+    return f"text/{name}"
 
 
 def _load(run: Run, candidate: Candidate) -> Any:

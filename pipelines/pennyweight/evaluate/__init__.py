@@ -1,128 +1,115 @@
-"""Candidate → quality report, on the same samples as the base's."""
+"""Candidate → evidence: what it says to the suite's text, questions and prompts, beside what the base says."""
 
 from __future__ import annotations
 
-import json
-import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pennyweight.errors import StageError
-from pennyweight.evaluate import divergence
-from pennyweight.recipe import Suite
-from pennyweight.records import Candidate, MetricValue, QualityReport
+from pennyweight.evaluate import divergence, generation
+from pennyweight.evaluate.divergence import HEAD_FILE, Reference
+from pennyweight.evaluate.evidence import Evidence, ScoredText
 from pennyweight.runtimes import Session
-from pennyweight.store import file_digest
+from pennyweight.suite import Suite
 
-VERSION = 1
-SAMPLES = "samples.jsonl"
-WINDOWS = "windows.npy"
+VERSION = 2
 
 
-def write_reference(session: Any, tokenizer: Any, suite: Suite, inputs: EvaluationInputs, files: Path) -> None:
-    """Everything of the base that candidates are compared with: hidden states on the text, and its answers."""
-    if inputs.windows is not None:
-        np.save(files / WINDOWS, inputs.windows)
-        divergence.write_reference(session, inputs.windows, suite.batch_size, files)
-    _write_samples(_answers(session, tokenizer, suite, inputs), files / SAMPLES)
+@dataclass(frozen=True)
+class Inputs:
+    """What of a suite one look takes."""
+
+    windows: dict[str, np.ndarray] = field(default_factory=dict)
+    """Text by name in the suite → token ids, int64 (windows, length)."""
+    documents: dict[str, np.ndarray] = field(default_factory=dict)
+    """The same → document of each token, int32 (windows, length)."""
+    tasks: dict[str, Path] = field(default_factory=dict)
+    """Task of ours → JSONL of all its questions."""
+    items: dict[str, slice] = field(default_factory=dict)
+    """Task → which of its items, in the order of drawing."""
+    prompts: np.ndarray | None = None
+    """Token ids to continue, int64 (prompts, length)."""
+    first_prompt: int = 0
+
+
+def write_reference(
+    session: Any, tokenizer: Any, suite: Suite, inputs: Inputs, files: Path, device: str = "cpu"
+) -> dict[str, int]:
+    """Everything of the base that candidates are compared with: hidden states on the text, its likelihoods, its
+    answers.
+
+    `session` is a transformers session. Returns how many items each task has.
+    """
+    from pennyweight.evaluate import harness
+
+    if "divergence" in inputs.windows:
+        divergence.write_states(session, inputs.windows["divergence"], suite.batch_size, files / divergence.STATES_FILE)
+        divergence.write_head(session, files / HEAD_FILE)
+    texts = {}
+    for name, windows in inputs.windows.items():
+        if name != "divergence":
+            nll = divergence.likelihoods(session, windows, suite.batch_size)
+            texts[name] = ScoredText(nll, nll, inputs.documents[name])
+    rows, totals = harness.run_tasks(session, tokenizer, suite, inputs.tasks, inputs.items, device)
+    rows += _generated(session, session, tokenizer, suite, inputs)
+    Evidence(texts, rows).write(files)
+    return totals
 
 
 def evaluate(
-    session: Session | None, tokenizer: Any, candidate: Candidate, suite: Suite, inputs: EvaluationInputs,
-    reference: Path, files: Path,
-) -> QualityReport:  # fmt: skip
-    """Measure a candidate against the reference. `session` is None for the candidate that is the reference.
+    session: Session | None,
+    tokenizer: Any,
+    suite: Suite,
+    inputs: Inputs,
+    reference: Path,
+    files: Path,
+    base: Callable[[], Any],
+    device: str = "cpu",
+    progress: Callable[[float], None] | None = None,
+) -> float:
+    """Measure a candidate beside the reference, and write the evidence to `files`. Returns the seconds it took.
 
-    Raises StageError where a score is not a finite number.
+    `session` is None for the candidate that is the reference. `base` opens a session of the base, for what only the
+    base can judge. Raises StageError where a score is not a finite number.
     """
-    begin = time.perf_counter()
-    metrics: dict[str, MetricValue] = {}
-    if inputs.windows is not None:
-        tokens = _same_tokens(reference, inputs.windows) if session is None else divergence.compare(
-            session, inputs.windows, suite.batch_size, reference
-        )  # fmt: skip
-        metrics |= divergence.metrics(tokens)
-    base_rows = read_samples(reference / SAMPLES)
-    rows = base_rows if session is None else _answers(session, tokenizer, suite, inputs)
-    metrics |= task_metrics(rows, base_rows, suite)
-    _write_samples(rows, files / SAMPLES)
-    return QualityReport(
-        candidate=candidate.id,
-        metrics=metrics,
-        samples_path=SAMPLES,
-        samples_digest=file_digest(files / SAMPLES),
-        tokens_scored=0 if inputs.windows is None else inputs.windows.size,
-        seconds=time.perf_counter() - begin,
-    )
-
-
-class EvaluationInputs:
-    """The suite's data on disk: token windows for divergence, and each task's questions."""
-
-    def __init__(self, windows: np.ndarray | None, tasks: dict[str, Path]):
-        self.windows = windows
-        self.tasks = tasks
-
-
-def task_metrics(
-    rows: list[dict[str, Any]], base_rows: list[dict[str, Any]], suite: Suite
-) -> dict[str, MetricValue]:  # fmt: skip
-    """Mean and standard error of each task metric, and its paired difference from the base's."""
-    found: dict[str, MetricValue] = {}
-    higher = suite.metrics()
-    for ref in suite.tasks:
-        ours, theirs = (by_task(table, ref.task) for table in (rows, base_rows))
-        if [row["doc_hash"] for row in ours] != [row["doc_hash"] for row in theirs]:
-            raise StageError(f"{ref.task}: the candidate and the base did not answer the same questions")
-        for name in (name for name in higher if name.startswith(f"{ref.task}/")):
-            metric = name.partition("/")[2]
-            values = np.array([row[metric] for row in ours])
-            base = np.array([row[metric] for row in theirs])
-            found[name] = MetricValue(
-                value=float(values.mean()),
-                stderr=_stderr(values),
-                n=len(values),
-                base=float(base.mean()),
-                delta=float((values - base).mean()),
-                delta_stderr=_stderr(values - base),
-                higher_is_better=higher[name],
-            )
-    return found
-
-
-def by_task(rows: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    return [row for row in rows if row["task"] == task]
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    with path.open() as lines:
-        return [json.loads(line) for line in lines]
-
-
-def _answers(session: Session, tokenizer: Any, suite: Suite, inputs: EvaluationInputs) -> list[dict[str, Any]]:
-    if not suite.tasks:
-        return []
     from pennyweight.evaluate import harness
 
-    return harness.run_tasks(session, tokenizer, suite, inputs.tasks)
+    begin = time.perf_counter()
+    theirs = Evidence.read(reference)
+    texts: dict[str, ScoredText] = {}
+    for name, windows in inputs.windows.items():
+        documents = inputs.documents[name]
+        if name == "divergence":
+            known = Reference(reference / divergence.STATES_FILE, reference / HEAD_FILE)
+            texts[name] = (
+                divergence.same(windows, documents, known)
+                if session is None
+                else divergence.compare(session, windows, documents, suite.batch_size, known)
+            )
+        elif session is None:
+            texts[name] = theirs.texts[name]
+        else:
+            nll = divergence.likelihoods(session, windows, suite.batch_size)
+            texts[name] = ScoredText(nll, theirs.texts[name].nll, documents)
+    if session is None:
+        rows = theirs.rows
+    else:
+        rows, _ = harness.run_tasks(session, tokenizer, suite, inputs.tasks, inputs.items, device, progress)
+        if inputs.prompts is not None and suite.generation:
+            reader = base()
+            rows += _generated(session, reader, tokenizer, suite, inputs)
+            reader.close()
+    Evidence(texts, rows).write(files)
+    return time.perf_counter() - begin
 
 
-def _write_samples(rows: list[dict[str, Any]], path: Path) -> None:
-    for row in rows:
-        if not all(math.isfinite(value) for value in row["loglikelihoods"]):
-            raise StageError(f"{row['task']} item {row['doc_id']}: a log-likelihood is not a finite number")
-    path.write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-
-
-def _same_tokens(reference: Path, windows: np.ndarray) -> divergence.TokenDivergence:
-    """The reference against itself: no divergence, by definition."""
-    nll = divergence.reference_nll(windows, reference)
-    nothing = np.zeros(windows.shape, np.float32)
-    return divergence.TokenDivergence(nothing, np.ones(windows.shape, bool), nll, nll)
-
-
-def _stderr(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+def _generated(session: Session, base: Session, tokenizer: Any, suite: Suite, inputs: Inputs) -> list[dict[str, Any]]:
+    if inputs.prompts is None or not suite.generation:
+        return []
+    tokens = suite.generation.output_tokens
+    continuations = generation.continue_prompts(session, inputs.prompts, tokens, suite.batch_size)
+    return generation.judge(base, tokenizer, inputs.prompts, continuations, suite.batch_size, inputs.first_prompt)

@@ -34,6 +34,9 @@ class Generation:
 class Session(Protocol):
     """A loaded candidate."""
 
+    context: int | None
+    """Positions that the model knows; None where it does not say."""
+
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         """Logits at every position.
 
@@ -42,8 +45,12 @@ class Session(Protocol):
         the next call.
         """
 
-    def generate(self, ids: np.ndarray, new_tokens: int) -> Generation:
-        """Greedy continuation of `ids`, int64 (requests, length), by `new_tokens` tokens each, served as a wave."""
+    def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
+        """Greedy continuation of `ids`, int64 (requests, length), by `new_tokens` tokens each, served as a wave.
+
+        The model's end-of-sequence token is not chosen, so that all waves are of one length; with `stop` it is, and the
+        wave ends when every request has: what stands behind the token is then meaningless.
+        """
 
     def close(self) -> None:
         """Give the memory back."""

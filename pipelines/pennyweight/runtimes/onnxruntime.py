@@ -246,6 +246,7 @@ class OnnxSession:
         self._scorer: Any = None
         self._generator: Any = None
         self._buffer: np.ndarray | None = None
+        self.context: int | None = self._config()["context_length"]
 
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         import numpy as np
@@ -272,7 +273,7 @@ class OnnxSession:
             binding.synchronize_outputs()
         return torch.from_numpy(output)
 
-    def generate(self, ids: np.ndarray, new_tokens: int) -> Generation:
+    def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
         import numpy as np
         import onnxruntime_genai as og
 
@@ -281,18 +282,24 @@ class OnnxSession:
         total = length + new_tokens
         start = time.perf_counter()
         params = og.GeneratorParams(model)
-        params.set_search_options(max_length=total, min_length=total, batch_size=requests, do_sample=False)
+        shortest = 0 if stop else total
+        params.set_search_options(max_length=total, min_length=shortest, batch_size=requests, do_sample=False)
         generator = og.Generator(model, params)
         generator.append_tokens(np.ascontiguousarray(ids, np.int32))
         generator.generate_next_token()
         ttft = time.perf_counter() - start
         steps: list[float] = []
         for _ in range(new_tokens - 1):
+            if stop and generator.is_done():
+                break
             begin = time.perf_counter()
             generator.generate_next_token()
             steps.append(time.perf_counter() - begin)
         tokens = np.stack([generator.get_sequence(row)[length:] for row in range(requests)])
         return Generation(ttft, steps, tokens.astype(np.int64))
+
+    def _config(self) -> dict[str, Any]:
+        return json.loads((self._folder / "genai_config.json").read_text())["model"]
 
     def close(self) -> None:
         import gc
@@ -313,7 +320,7 @@ class OnnxSession:
             self._past_names = [name for name in inputs if name.startswith("past_key_values.")]
             _, self._kv_heads, _, self._head_size = inputs[self._past_names[0]].shape
             self._dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[inputs[self._past_names[0]].type]
-            decoder = json.loads((self._folder / "genai_config.json").read_text())["model"]
+            decoder = self._config()
             self._kv_heads = decoder["decoder"]["num_key_value_heads"]
             self._head_size = decoder["decoder"]["head_size"]
             self._vocabulary = decoder["vocab_size"]

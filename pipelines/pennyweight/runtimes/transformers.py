@@ -35,6 +35,7 @@ class TransformersSession:
         self._device = device
         self._model: Any = AutoModelForCausalLM.from_pretrained(candidate.path, dtype=getattr(torch, candidate.dtype))
         self._model.to(device).eval()
+        self.context: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
 
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         import torch
@@ -52,21 +53,30 @@ class TransformersSession:
     def head(self) -> torch.nn.Module:
         return self._model.get_output_embeddings()
 
-    def generate(self, ids: np.ndarray, new_tokens: int) -> Generation:
+    def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
         import torch
+
+        end = _end_tokens(self._model)
+
+        def choose(logits: torch.Tensor) -> torch.Tensor:
+            if end and not stop:
+                logits[..., end] = -torch.inf
+            return logits.argmax(-1)
 
         with torch.inference_mode():
             start = time.perf_counter()
             prompt = torch.from_numpy(ids).to(self._device)
             output = self._model(prompt, use_cache=True, logits_to_keep=1)
-            token = output.logits[:, -1:].argmax(-1)
+            token = choose(output.logits[:, -1:])
             tokens = [token.cpu()]  # the copy waits for the device, so the times are the device's
             ttft = time.perf_counter() - start
             steps: list[float] = []
             for _ in range(new_tokens - 1):
+                if stop and bool(torch.isin(torch.cat(tokens, 1), torch.tensor(end)).any(1).all()):
+                    break
                 begin = time.perf_counter()
                 output = self._model(token, past_key_values=output.past_key_values, use_cache=True)
-                token = output.logits[:, -1:].argmax(-1)
+                token = choose(output.logits[:, -1:])
                 tokens.append(token.cpu())
                 steps.append(time.perf_counter() - begin)
         return Generation(ttft, steps, torch.cat(tokens, dim=1).numpy())
@@ -78,8 +88,13 @@ class TransformersSession:
         gc.collect()
 
 
+def _end_tokens(model: Any) -> list[int]:
+    end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    return [] if end is None else [end] if isinstance(end, int) else list(end)
+
+
 RUNTIME = RuntimeKind(
-    version=1,
+    version=2,
     libraries=("transformers", "torch", "compressed-tensors"),
     export=None,
     load=TransformersSession,
