@@ -27,8 +27,7 @@ setup: $(READY) ## make the environment (.venv) from constraints.txt
 # the torch build that fits the machine's GPU or CPU.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 13) else "Pennyweight needs Python 3.11 or 3.12: make PYTHON=/path/to/python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@test -x $(BIN)/uv || { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --quiet --disable-pip-version-check uv; }
 	@links="$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null || true)}"; \
 	  set --; for link in $$links; do set -- "$$@" --find-links "$$link"; done; \
 	  test $$# -gt 0 || set -- --torch-backend auto; \

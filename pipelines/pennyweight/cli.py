@@ -90,12 +90,38 @@ def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return option(command)
 
 
+def limit_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    option = click.option("--limit", type=int, default=10, show_default=True, help="Flipped questions to print.")
+    return option(command)
+
+
+def junit_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    option = click.option("--junit", type=click.Path(path_type=Path), metavar="FILE", help="Write JUnit XML too.")
+    return option(command)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror}") from error
+
+
 @main.command()
 @recipe_arguments
 @json_option
 @friendly
 def validate(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> int:
-    """Check a recipe without running anything."""
+    """Check a recipe, or a suite, without running anything."""
+    from pennyweight.recipe import is_suite, load_suite
+
+    if is_suite(recipe) and not (overrides or more):
+        suite = load_suite(recipe)
+        if as_json:
+            _print_json(suite.model_dump(mode="json", by_alias=True))
+        else:
+            click.echo(f"{recipe}: valid; measures {', '.join(suite.metrics())}")
+        return 0
     loaded, _ = _load(recipe, overrides, more)
     if as_json:
         _print_json(loaded.dump())
@@ -150,17 +176,72 @@ def run(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], runs: Pa
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path), default=Path("runs/latest"))
+@click.option("--candidate", metavar="ID", help="List the answers of this candidate that differ.")
+@click.option("--task", metavar="NAME", help="Only those of one task.")
+@limit_option
+@junit_option
 @json_option
 @friendly
-def show(run_dir: Path, as_json: bool) -> int:
-    """Print a run's outcome (the newest by default)."""
+def show(run_dir: Path, candidate: str | None, task: str | None, limit: int, junit: Path | None, as_json: bool) -> int:
+    """Print a run's outcome (the newest by default), or what one candidate answers otherwise than the base."""
     from pennyweight import show as show_
 
     record = show_.load_run(run_dir)
-    if as_json:
+    if junit:
+        from pennyweight import junit as junit_
+
+        _write(junit, junit_.of_run(record))
+    if candidate or task:
+        _show_flips(record, candidate, task, limit, as_json)
+    elif as_json:
         _print_json(record.model_dump(mode="json", by_alias=True))
     else:
         click.echo(show_.format_run(record))
+    return 0
+
+
+def _show_flips(record: Any, candidate: str | None, task: str | None, limit: int, as_json: bool) -> None:
+    from pennyweight import compare as compare_
+
+    name = candidate or record.winner
+    if name is None:
+        raise UsageError("the run has no winner", "name a candidate with --candidate")
+    base = compare_.reference_of(record)
+    if base is None:
+        raise UsageError("the run has no candidate of the base to compare with")
+    found = compare_.compare((record, compare_.find(record, name)), (record, base))
+    tasks = sorted({metric.name.rpartition("/")[0] for metric in found.metrics})
+    if task is not None and task not in tasks:
+        raise UsageError(f"the run has no task {task!r}", did_you_mean(task, tasks))
+    flips = [flip for flip in found.flips if task in (None, flip.task)]
+    if as_json:
+        _print_json([flip.model_dump(mode="json") for flip in flips])
+    else:
+        click.echo(f"{found.ours} (ours) against {found.theirs} (theirs)\n")
+        click.echo("\n".join(compare_.format_flips(flips, limit)))
+
+
+@main.command()
+@click.argument("ours", metavar="RUN[:CANDIDATE]")
+@click.argument("theirs", metavar="RUN[:CANDIDATE]")
+@click.option("--markdown", is_flag=True, help="Print Markdown, for a pull request.")
+@limit_option
+@junit_option
+@json_option
+@friendly
+def compare(ours: str, theirs: str, markdown: bool, limit: int, junit: Path | None, as_json: bool) -> int:
+    """Compare two candidates of any runs, question by question (each run's winner by default)."""
+    from pennyweight import compare as compare_
+
+    found = compare_.compare(compare_.locate(ours), compare_.locate(theirs))
+    if junit:
+        from pennyweight import junit as junit_
+
+        _write(junit, junit_.of_comparison(found))
+    if as_json:
+        _print_json(found.model_dump(mode="json"))
+    else:
+        click.echo(compare_.format_markdown(found) if markdown else compare_.format_comparison(found, limit))
     return 0
 
 

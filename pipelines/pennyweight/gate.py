@@ -45,7 +45,7 @@ def judge(
         outcomes.append(("fail", "no cost was measured"))
     elif (point := point_at(cost, recipe.benchmark.decide_at)).slo_met is not None:
         outcomes.append(_check_slo(recipe, point))
-    status = _overall([status for status, _ in outcomes])
+    status = overall([status for status, _ in outcomes])
     reasons = [f"{outcome}: {reason}" for outcome, reason in outcomes]
     return Verdict(status=status, reasons=reasons, conditions=conditions)
 
@@ -82,7 +82,7 @@ def assess(
 def to_extend(recipe: Recipe, seen: list[Look], totals: dict[str, int], imitates_base: bool = True) -> set[str]:
     """Sources of evidence that the next look should draw more of: those of undecided conditions, unless others fail."""
     found = assess(recipe, seen, totals, imitates_base)
-    if _overall([condition.status for condition in found]) != "inconclusive":
+    if overall([condition.status for condition in found]) != "inconclusive":
         return set()
     sizes = recipe.evaluate.first_sizes()
     return {
@@ -114,6 +114,7 @@ class _Test:
         self.index, self.condition, self.names = index, condition, names
         self.status: str | None = None
         self.z = 0.0
+        self._number_of_tests = sum(len(item.names) if item.combine == "worst" else 1 for item in recipe.gate)
         self.only_informs = condition.metric in DIVERGENCE_METRICS and not condition.for_every_variant
         self._higher = recipe.evaluate.metrics()[names[0]]
         self._fractions = (1.0,)
@@ -202,10 +203,18 @@ class _Test:
             look=self._number + 1,
             looks=looked,
             detectable=estimates.finite(detectable(self._estimate, self._threshold, alpha) * math.sqrt(extra)),
-            needed=items_needed(self._estimate, self._threshold, self._no_loss, alpha, extra),
+            needed=self._needed(self._estimate, extra),
             needed_as_seen=items_needed(self._estimate, self._threshold, self._estimate.value, alpha, extra),
         )
         return found.model_copy(update={"reason": describe(self.condition, found, self._estimate)})
+
+    def _needed(self, estimate: Estimate, extra: float) -> int | None:
+        """Enough to pass the whole gate with a candidate as good as the base, and to fail one twice as bad as allowed."""
+        alpha, number = self.condition.alpha, self._number_of_tests
+        passing = items_needed(estimate, self._threshold, self._no_loss, alpha, extra, POWER ** (1 / number))
+        twice = 2 * self._threshold - self._no_loss
+        failing = items_needed(estimate, self._threshold, twice, alpha / number, extra)
+        return None if passing is None or failing is None else max(passing, failing)
 
 
 def planned_fractions(recipe: Recipe, sources: list[str], totals: dict[str, int]) -> tuple[float, ...]:
@@ -304,7 +313,8 @@ def _passed(passed: bool) -> Status:
     return "pass" if passed else "fail"
 
 
-def _overall(statuses: list[str]) -> Status:
+def overall(statuses: list[str]) -> Status:
+    """One verdict of many: what only informs does not count."""
     return "fail" if "fail" in statuses else "inconclusive" if "inconclusive" in statuses else "pass"
 
 

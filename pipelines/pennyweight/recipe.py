@@ -321,9 +321,19 @@ def load_suite(path: str | Path) -> Suite:
     suite = _validate(Suite, dict(file.data), file, problems)
     if suite is not None:
         _check_tasks(suite, file, "tasks", problems)
+        _check_texts(suite, file, problems)
     if problems:
         raise RecipeError(problems)
     return suite
+
+
+def is_suite(path: str | Path) -> bool:
+    """Whether a file looks like a suite rather than a recipe: it measures something, and starts from no base."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    keys = YamlFile.load(path).data.keys()
+    return not {"base", "variants", "gate"} & keys and bool({"divergence", "perplexity", "tasks", "generation"} & keys)
 
 
 _PLACEHOLDER_SUITE = {"name": "unknown", "divergence": {"text": "unknown"}}
@@ -359,6 +369,17 @@ def _check_tasks(suite: Suite, file: YamlFile, prefix: str, problems: list[Probl
             problems.append(file.problem(path, f"unknown task {ref.task!r}", hint))
         elif ref.origin == "pennyweight" and (fault := task_fault(known[ref.task])):
             problems.append(file.problem(path, f"task {ref.task!r}: {fault}", f"see {shipped.root() / 'evals/tasks'}"))
+
+
+def _check_texts(suite: Suite, file: YamlFile, problems: list[Problem]) -> None:
+    """Texts of a suite on its own; in a recipe they may also be the recipe's data."""
+    if file.data.keys() & {"base", "variants"}:
+        return
+    used = [item.text for item in suite.texts().values()] + ([suite.generation.text] if suite.generation else [])
+    known = shipped.sources()
+    for name in dict.fromkeys(used):
+        if name in known and "text" not in known[name]:
+            problems.append(file.problem("", f"data set {name!r} has no text"))
 
 
 def task_fault(task: dict[str, Any]) -> str | None:

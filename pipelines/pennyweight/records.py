@@ -164,9 +164,9 @@ class ConditionResult(Record):
     n: int = Field(0, description="questions, prompts or tokens")
     look: int = 1
     looks: int = Field(1, description="looks that were planned; more than 1 with `on_inconclusive: extend`")
-    detectable: float | None = Field(None, description="distance from the threshold seen with 80% power at this n")
-    needed: int | None = Field(None, description="n that passes a candidate as good as the base with 80% power")
-    needed_as_seen: int | None = Field(None, description="n that decides with 80% power if the value is the truth")
+    detectable: float | None = Field(None, description="distance from the threshold that this n sees in 80% of cases")
+    needed: int | None = Field(None, description="n that passes no loss, and fails twice the margin, in 80% of cases")
+    needed_as_seen: int | None = Field(None, description="n that decides in 80% of cases if the value is the truth")
 
 
 class Verdict(Record):

@@ -81,7 +81,11 @@ def _metric_names(record: RunRecord) -> list[str]:
     for result in record.candidates:
         if result.quality:
             measured |= dict.fromkeys(result.quality.metrics)
-    gated = [f"{c['task']}/{c['metric']}" if c["task"] else c["metric"] for c in record.recipe.resolved["gate"]]
+    gated = [
+        f"{task}/{condition['metric']}" if task else condition["metric"]
+        for condition in record.recipe.resolved["gate"]
+        for task in (condition.get("tasks") or [condition.get("task")])
+    ]
     return [name for name in dict.fromkeys(gated) if name in measured]
 
 

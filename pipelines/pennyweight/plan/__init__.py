@@ -40,6 +40,8 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
         check_steps(recipe, shape, found)
         check_lengths(recipe, shape, found)
     notes += _notes(device, measured)
+    if recipe.on_inconclusive == "extend":
+        notes.append("further looks at undecided candidates are not counted: they depend on what is seen")
     job = Job(recipe, store, device, shape, measured)
     stages = [] if found.of_kind("recipe") and shape is None else estimate_stages(job)
     plan = Plan(

@@ -91,9 +91,21 @@ def divergence_tokens(recipe: Recipe) -> int:
     return text.windows * text.length if text else 0
 
 
+def generation_seconds(job: Job, runtime: str, step: Quantize | None) -> float | None:
+    """Time to continue the suite's prompts, wave by wave, and for the base to read the continuations."""
+    spec, batch = job.recipe.evaluate.generation, job.recipe.evaluate.batch_size
+    if spec is None:
+        return 0.0
+    dtype = job.compute_dtype("transformers", False)
+    wave = wave_seconds(job, runtime, step, min(batch, spec.prompts), spec.input_tokens, spec.output_tokens)
+    tokens = spec.prompts * (spec.input_tokens + spec.output_tokens)
+    reading = score_seconds(job, "transformers", dtype, tokens, batch * (spec.input_tokens + spec.output_tokens))
+    return None if wave is None or reading is None else ceil_div(spec.prompts, batch) * wave + reading
+
+
 def task_tokens(recipe: Recipe) -> int:
-    """Tokens that one candidate scores in the suite's tasks."""
-    total = 0
+    """Tokens that one candidate scores in the suite's tasks and perplexity texts."""
+    total = sum(text.windows * text.length for text in recipe.evaluate.perplexity)
     for ref in recipe.evaluate.tasks:
         items, requests, tokens = TASK_SHAPES.get(ref.task, UNKNOWN_TASK)
         total += min(ref.limit or items, items) * requests * tokens

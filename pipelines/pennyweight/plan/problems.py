@@ -109,9 +109,11 @@ def check_lengths(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
             if step.calibrate and step.calibrate.length > shape.context:
                 path = f"variants.{variant}.{index}.quantize.calibrate.length"
                 found.add(path, f"windows of {step.calibrate.length} tokens; {limit}")
-    text = recipe.evaluate.divergence
-    if text and text.length > shape.context:
-        found.add("evaluate", f"divergence windows of {text.length} tokens; {limit}")
+    for name, text in recipe.evaluate.texts().items():
+        if text.length > shape.context:
+            found.add("evaluate", f"{name} windows of {text.length} tokens; {limit}")
+    if (spec := recipe.evaluate.generation) and spec.input_tokens + spec.output_tokens > shape.context:
+        found.add("evaluate.generation", f"{spec.input_tokens} + {spec.output_tokens} tokens; {limit}")
     load = recipe.benchmark.workload
     if load.input_tokens + load.output_tokens > shape.context:
         found.add("benchmark.workload", f"{load.input_tokens} + {load.output_tokens} tokens a request; {limit}")

@@ -29,6 +29,7 @@ from pennyweight.plan.job import (
     candidate_bytes,
     compare_seconds,
     divergence_tokens,
+    generation_seconds,
     per_gb,
     score_seconds,
     step_of,
@@ -207,12 +208,14 @@ def _reference(job: Job) -> StageEstimate:
         divergence_tokens(job.recipe),
     )
     scoring = score_seconds(job, "transformers", dtype, windows + task_tokens(job.recipe), batch)
+    generating = generation_seconds(job, "transformers", None)
+    known = scoring is not None and generating is not None
     weights, stored = job.loaded_bytes("transformers", None), _reference_bytes(job, windows)
     loading = _suite_imports(job, "transformers") + per_gb("load", weights)
     questions = job.recipe.evaluate.batch_size * QUESTION_TOKENS * job.shape.head[0] * ITEMSIZE[dtype]
     activations = batch * ACTIVATION_COPIES * job.shape.intermediate * ITEMSIZE[dtype]
     return StageEstimate(
-        stage="reference", subject=subject, seconds=None if scoring is None else loading + scoring,
+        stage="reference", subject=subject, seconds=loading + scoring + generating if known else None,
         peak_memory_bytes=BASELINE_BYTES["reference"] + weights + stored + max(questions, activations),
         disk_bytes=stored,
     )  # fmt: skip
@@ -230,9 +233,12 @@ def _evaluations(job: Job) -> Iterator[StageEstimate]:
         if subject != "base@transformers":  # that one is the reference, and only compared with itself
             dtype, weights = job.compute_dtype(runtime, step is not None), job.loaded_bytes(runtime, step)
             tokens, batch = windows + task_tokens(job.recipe), batch_tokens(job.recipe)
-            scoring = score_seconds(job, runtime, dtype, tokens, batch)
+            scoring, generating = (
+                score_seconds(job, runtime, dtype, tokens, batch),
+                generation_seconds(job, runtime, step),
+            )
             loading = _suite_imports(job, runtime) + per_gb("load", weights)
-            seconds = None if seconds is None or scoring is None else seconds + scoring + loading
+            seconds = None if None in (seconds, scoring, generating) else seconds + scoring + generating + loading
             widest = job.shape.head[0] + ACTIVATION_COPIES * job.shape.intermediate
             peak += weights + batch * widest * ITEMSIZE.get(dtype, 4)
         yield StageEstimate(stage="evaluate", subject=subject, seconds=seconds, peak_memory_bytes=peak, disk_bytes=MB)

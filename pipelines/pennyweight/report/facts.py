@@ -55,9 +55,10 @@ def gate(record: RunRecord) -> list[dict[str, Any]]:
     if not isinstance(conditions, list):
         return []
     return [
-        {**item, "name": f"{item['task']}/{item['metric']}" if item.get("task") else item["metric"]}
+        {**item, "name": f"{task}/{item['metric']}" if task else item["metric"]}
         for item in conditions
         if isinstance(item, dict) and "metric" in item
+        for task in (item.get("tasks") or [item.get("task")])
     ]
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from pennyweight.compare import Flip
 from pennyweight.records import RunRecord
-from pennyweight.report import tables
+from pennyweight.report import answers, tables
 from pennyweight.report.markup import Html, el, join
 from pennyweight.report.plots import quality_against_cost, slo_words, throughput_against_latency
 from pennyweight.report.verdict import first_screen, headline
@@ -19,8 +20,8 @@ _STYLE = Path(__file__).with_name("style.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def render(record: RunRecord) -> str:
-    """The whole file. A pure function of the record."""
+def render(record: RunRecord, flips: dict[str, list[Flip]] | None = None) -> str:
+    """The whole file. A pure function of the record and of each candidate's flipped answers."""
     title = re.sub(r"<[^>]+>", "", headline(record))  # its text is escaped already
     head = el(
         "head",
@@ -30,16 +31,17 @@ def render(record: RunRecord) -> str:
         el("title", record.name, ": ", Html(title)),
         el("style", Html(_STYLE.read_text(encoding="utf-8"))),
     )
-    return f"<!doctype html>\n{el('html', head, el('body', el('main', _sections(record))), lang='en')}\n"
+    return f"<!doctype html>\n{el('html', head, el('body', el('main', _sections(record, flips or {}))), lang='en')}\n"
 
 
-def _sections(record: RunRecord) -> list[Html]:
+def _sections(record: RunRecord, flips: dict[str, list[Flip]]) -> list[Html]:
     return [
         first_screen(record),
         _section("Quality against cost", quality_against_cost(record)),
         _section("Throughput against latency", throughput_against_latency(record)),
         _section("All candidates", _table_notes(record), tables.candidates_table(record), class_="wide"),
         _section("Why: every reason of every verdict", tables.reasons(record)),
+        *([_section("Questions that flipped", answers.note(flips), answers.flipped(flips))] if flips else []),
         _section("Cost at every load", _load_notes(record), tables.cost_by_load(record)),
         _section("Where the time went", el("p", tables.time_summary(record)), tables.stages(record)),
         _notes(record),

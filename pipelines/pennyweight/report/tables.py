@@ -11,7 +11,7 @@ from pennyweight.report.markup import Html, el
 from pennyweight.report.svg import symbol
 
 #: Metrics that are 0 or 1 for the base by definition: their difference from the base says nothing more.
-_RELATIVE = {"kl_mean", "kl_p99", "top1_agreement"}
+_RELATIVE = {"kl_mean", "kl_p99", "kl_p999", "top1_agreement", "nll_delta"}
 
 
 def candidates_table(record: RunRecord) -> Html:
@@ -92,7 +92,9 @@ def _metric(name: str, metric: MetricValue | None) -> Html:
 
 def _metric_title(metric: MetricValue) -> str:
     parts = [f"{metric.n} samples"]
-    if metric.stderr is not None:
+    if metric.low is not None and metric.high is not None:
+        parts.append(f"95% interval {text.number(metric.low)} to {text.number(metric.high)}")
+    elif metric.stderr is not None:
         parts.append(f"standard error {text.number(metric.stderr)}")
     if metric.base is not None:
         parts.append(f"base {text.score(metric.base)}")

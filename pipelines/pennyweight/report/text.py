@@ -15,6 +15,8 @@ NO_BREAK = "\N{NO-BREAK SPACE}"
 METRIC_LABELS = {
     "kl_mean": "KL mean",
     "kl_p99": "KL p99",
+    "kl_p999": "KL p99.9",
+    "nll_delta": "Δ NLL per token",
     "top1_agreement": "top-1 agreement",
     "perplexity": "perplexity",
     "perplexity_ratio": "perplexity ratio",
@@ -23,6 +25,8 @@ METRIC_LABELS = {
 METRIC_NAMES = {
     "kl_mean": "mean KL divergence from the base",
     "kl_p99": "99th percentile of the KL divergence from the base",
+    "kl_p999": "99.9th percentile of the KL divergence from the base",
+    "nll_delta": "negative log-likelihood per token above the base's",
     "top1_agreement": "top-1 agreement with the base",
     "perplexity_ratio": "perplexity relative to the base",
 }
@@ -137,6 +141,8 @@ def condition(bound: dict[str, Any]) -> str:
         return minus(f"≤ {bound['max']:g}")
     if bound.get("min") is not None:
         return minus(f"≥ {bound['min']:g}")
+    if bound.get("relative_within") is not None:
+        return f"within {bound['relative_within']:.3g} of the base's"
     margin = bound.get("non_inferior_within")
     return "" if margin is None else f"margin {margin:g}"
 

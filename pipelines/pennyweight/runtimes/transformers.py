@@ -33,30 +33,30 @@ class TransformersSession:
         if device == "cpu":
             torch.set_num_threads(machine.threads())
         self._device = device
-        self._model: Any = AutoModelForCausalLM.from_pretrained(candidate.path, dtype=getattr(torch, candidate.dtype))
-        self._model.to(device).eval()
-        self.context: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(candidate.path, dtype=getattr(torch, candidate.dtype))
+        self.model.to(device).eval()
+        self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         import torch
 
         with torch.inference_mode():
-            return self._model(torch.from_numpy(ids).to(self._device), use_cache=False).logits
+            return self.model(torch.from_numpy(ids).to(self._device), use_cache=False).logits
 
     def hidden_states(self, ids: np.ndarray) -> torch.Tensor:
         """What the head is applied to: the final norm's output, (batch, length, hidden size)."""
         import torch
 
         with torch.inference_mode():
-            return self._model.base_model(torch.from_numpy(ids).to(self._device), use_cache=False).last_hidden_state
+            return self.model.base_model(torch.from_numpy(ids).to(self._device), use_cache=False).last_hidden_state
 
     def head(self) -> torch.nn.Module:
-        return self._model.get_output_embeddings()
+        return self.model.get_output_embeddings()
 
     def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
         import torch
 
-        end = _end_tokens(self._model)
+        end = _end_tokens(self.model)
 
         def choose(logits: torch.Tensor) -> torch.Tensor:
             if end and not stop:
@@ -66,7 +66,7 @@ class TransformersSession:
         with torch.inference_mode():
             start = time.perf_counter()
             prompt = torch.from_numpy(ids).to(self._device)
-            output = self._model(prompt, use_cache=True, logits_to_keep=1)
+            output = self.model(prompt, use_cache=True, logits_to_keep=1)
             token = choose(output.logits[:, -1:])
             tokens = [token.cpu()]  # the copy waits for the device, so the times are the device's
             ttft = time.perf_counter() - start
@@ -75,7 +75,7 @@ class TransformersSession:
                 if stop and bool(torch.isin(torch.cat(tokens, 1), torch.tensor(end)).any(1).all()):
                     break
                 begin = time.perf_counter()
-                output = self._model(token, past_key_values=output.past_key_values, use_cache=True)
+                output = self.model(token, past_key_values=output.past_key_values, use_cache=True)
                 token = choose(output.logits[:, -1:])
                 tokens.append(token.cpu())
                 steps.append(time.perf_counter() - begin)
@@ -84,7 +84,7 @@ class TransformersSession:
     def close(self) -> None:
         import gc
 
-        self._model = None
+        self.model = None
         gc.collect()
 
 

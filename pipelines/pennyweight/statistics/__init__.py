@@ -41,5 +41,5 @@ class Estimate(Protocol):
     def statistic(self, threshold: float) -> float:
         """How far the value lies above `threshold`: standard normal if that were the truth. Falls as it rises."""
 
-    def spread(self, threshold: float) -> tuple[float, float]:
-        """Standard deviations that one item contributes, if `threshold` were the truth, and as observed."""
+    def spread(self, threshold: float, truth: float) -> tuple[float, float]:
+        """Standard deviations that one item contributes, if `threshold` were so, and if `truth` were."""

@@ -37,7 +37,7 @@ class Mean:
             return math.copysign(math.inf, distance) if distance else 0.0
         return _t_to_normal(distance / self.stderr, self.degrees)
 
-    def spread(self, threshold: float) -> tuple[float, float]:
+    def spread(self, threshold: float, truth: float) -> tuple[float, float]:
         one = self.stderr * math.sqrt(self.n)
         return one, one
 
@@ -62,9 +62,9 @@ class LogRatio:
     def statistic(self, threshold: float) -> float:
         return self.log.statistic(math.log(threshold)) if threshold > 0 else math.inf
 
-    def spread(self, threshold: float) -> tuple[float, float]:
+    def spread(self, threshold: float, truth: float) -> tuple[float, float]:
         """On the scale of the ratio (delta method)."""
-        one = self.log.spread(0)[0] * self.value
+        one = self.log.spread(0, 0)[0] * self.value
         return one, one
 
 
@@ -98,7 +98,7 @@ class Quantile:
         below = np.searchsorted(self._sorted, threshold, side="right") / self.n
         return _t_to_normal((self._share - below) / self._stderr, self._degrees)
 
-    def spread(self, threshold: float) -> tuple[float, float]:
+    def spread(self, threshold: float, truth: float) -> tuple[float, float]:
         """On the scale of the values, from the bounds one standard error away; infinite where there are none."""
         one = (self.bound(-1) - self.bound(1)) / 2 * math.sqrt(self.n)
         return one, one

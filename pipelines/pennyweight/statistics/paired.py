@@ -52,11 +52,11 @@ class PairedTable:
         """Tango's score statistic for the hypothesis that the difference is `threshold`."""
         return _score(self, threshold)
 
-    def spread(self, threshold: float) -> tuple[float, float]:
-        """Of one question: if the threshold were the difference, and as observed, half a disagreement added so that a
-        sample without any is not taken for a world without any."""
-        discordant = (self.gained + self.lost + 0.5) / (self.n + 1)
-        return math.sqrt(_null_variance(self, threshold)), math.sqrt(max(discordant - self.difference**2, 0.0))
+    def spread(self, threshold: float, truth: float) -> tuple[float, float]:
+        """Of one question. Half a disagreement is added, so that a sample without any is not taken for a world without
+        any; a larger difference than the one seen is made of as many more disagreements."""
+        discordant = (self.gained + self.lost + 0.5) / (self.n + 1) + max(abs(truth) - abs(self.difference), 0.0)
+        return math.sqrt(_null_variance(self, threshold)), math.sqrt(max(discordant - truth**2, 0.0))
 
     def mcnemar(self) -> float:
         """Two-sided p-value of the exact McNemar test: gained and lost answers are equally likely."""
@@ -121,6 +121,6 @@ class Proportion:
             return math.copysign(math.inf, self.value - threshold) if self.value != threshold else 0.0
         return (self.value - threshold) / math.sqrt(threshold * (1 - threshold) / self.n)
 
-    def spread(self, threshold: float) -> tuple[float, float]:
-        null = math.sqrt(max(threshold * (1 - threshold), 0.0))
-        return null, math.sqrt(self.value * (1 - self.value))
+    def spread(self, threshold: float, truth: float) -> tuple[float, float]:
+        null, seen = (math.sqrt(max(share * (1 - share), 0.0)) for share in (threshold, truth))
+        return null, seen

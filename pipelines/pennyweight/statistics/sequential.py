@@ -22,17 +22,13 @@ def spend(alpha: float, fraction: float) -> float:
     return alpha * math.log(1 + (math.e - 1) * min(fraction, 1.0))
 
 
+@cache
 def boundaries(alpha: float, fractions: tuple[float, ...]) -> tuple[float, ...]:
     """Critical values, one for each look, for a one-sided test at `alpha` in all.
 
     `fractions`: rising shares of the final information; the last is 1 where the data run out. A statistic that is
     standard normal at each look, under the null hypothesis, crosses any of them with probability `alpha`.
     """
-    return _boundaries(alpha, tuple(fractions))
-
-
-@cache
-def _boundaries(alpha: float, fractions: tuple[float, ...]) -> tuple[float, ...]:
     if len(fractions) == 1 and fractions[0] >= 1:
         return (_NORMAL.inv_cdf(1 - alpha),)
     found: list[float] = []
@@ -60,6 +56,7 @@ def crossing_probability(drift: float, limits: tuple[float, ...], fractions: tup
     return crossed
 
 
+@cache
 def inflation(alpha: float, power: float, fractions: tuple[float, ...]) -> float:
     """How much larger the last look must be than a single one of the same power."""
     limits = boundaries(alpha, fractions)

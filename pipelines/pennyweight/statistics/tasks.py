@@ -42,9 +42,9 @@ class MeanOfTasks:
             low, high = (middle, high) if self.bound(middle) > threshold else (low, middle)
         return (low + high) / 2
 
-    def spread(self, threshold: float) -> tuple[float, float]:
+    def spread(self, threshold: float, truth: float) -> tuple[float, float]:
         """Of one item, were all tasks drawn in the proportions they have."""
-        sides = zip(*(part.spread(threshold) for part in self.parts))
+        sides = zip(*(part.spread(threshold, truth) for part in self.parts))
         n, tasks = self.n, len(self.parts)
         null, seen = (
             math.sqrt(sum(one**2 / part.n for one, part in zip(side, self.parts)) * n) / tasks for side in sides

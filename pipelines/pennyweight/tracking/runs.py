@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pennyweight.compare import flips_of_run
 from pennyweight.records import CandidateResult, Registered, RunRecord, Tracking
 from pennyweight.tracking import naming, registry
 from pennyweight.tracking.connection import artifact_folder, redact, session, tracking_uri
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 RUN_KEY = "pennyweight.run_key"
 REGISTERED = "pennyweight.registered"
 PARENT = "mlflow.parentRunId"
+
+#: Table of the answers that flipped, which the UI shows.
+FLIPS = "flips.json"
 
 #: Files of a run's folder that are logged with it.
 ATTACHED = ("report.html", "run.json", "*.log")
@@ -71,11 +75,15 @@ def _log(
     parent = _start(client, experiment_id, run_dir.resolve().name, started, tags).info.run_id
     _log_values(client, parent, ended, naming.recipe_params(record), naming.recipe_measures(record))
 
+    flips = flips_of_run(record)
     children = {}
     for index, result in enumerate(record.candidates):
         first = started + len(record.candidates) - index  # the UI lists the latest first
         samples = sample_paths.get(result.id)
         children[result.id] = _log_candidate(client, record, result, experiment_id, parent, first, samples)
+        if found := flips.get(result.id):
+            columns = {name: [getattr(flip, name) for flip in found] for name in type(found[0]).model_fields}
+            client.log_table(children[result.id], columns, FLIPS)
     tracking = _tracking(record, parent)
     registered = registry.register_winner(client, record, experiment_id, parent, children)
 
