@@ -75,8 +75,11 @@ TASKS = ("piqa", "openbookqa", "commonsense_qa_cloze")
 
 
 def sizes(draw: Draw, conditions: list[Condition], extend: bool) -> tuple[int, int]:
-    """(first look, all there is): as many items as the gate asks for after a large sample without loss."""
-    pilot = 20_000 if conditions[0].task else 2_000
+    """(first look, all there is): as many items as the gate asks for after a large sample without loss;
+    for text, which has no such size, 120 documents."""
+    if conditions[0].task is None:
+        return (15, 120) if extend else (120, 120)
+    pilot = 20_000
     seen = draw(np.random.default_rng(1), pilot, 0.0)
     first = total = pilot
     for _ in range(4 if extend else 1):  # what looking early costs depends on the looks, and those on the total
@@ -84,8 +87,8 @@ def sizes(draw: Draw, conditions: list[Condition], extend: bool) -> tuple[int, i
         totals = dict.fromkeys([*TASKS, "divergence"], total)
         found = gate.assess(recipe, [seen], totals)[0]
         assert found.needed is not None
-        total = -(-found.needed // (1 if conditions[0].task else WINDOW))
-        first = max(total // 8, 2) if extend else total
+        total = found.needed
+        first = total // 8 if extend else total
     return first, total
 
 

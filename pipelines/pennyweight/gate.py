@@ -209,7 +209,7 @@ class _Test:
         return found.model_copy(update={"reason": describe(self.condition, found, self._estimate)})
 
     def _needed(self, estimate: Estimate, extra: float) -> int | None:
-        """Enough to pass the whole gate with a candidate as good as the base, and to fail one twice as bad as allowed."""
+        """Enough to pass the whole gate if as good as the base, and to fail it if twice as bad as allowed."""
         alpha, number = self.condition.alpha, self._number_of_tests
         passing = items_needed(estimate, self._threshold, self._no_loss, alpha, extra, POWER ** (1 / number))
         twice = 2 * self._threshold - self._no_loss
