@@ -63,9 +63,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`calibration.jsonl`, `held-out.jsonl` and `questions.jsonl`, no sentence in two of them."""
+    """`calibration.jsonl`, `held-out.jsonl` and `more.jsonl`, no sentence in two of them."""
     folder = tmp_path_factory.mktemp("data")
-    for name, seed in (("calibration", 1), ("held-out", 2)):
+    for name, seed in (("calibration", 1), ("held-out", 2), ("more", 3)):
         rows = [json.dumps({"body": text}) for text in sentences(seed, 60)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
     return folder
@@ -95,6 +95,8 @@ def tiny_recipe_text(tiny_model: Path, tiny_data: Path) -> str:
         "evaluate": {
             "name": "tiny",
             "divergence": {"text": "held-out-text", "windows": 4, "length": 64},
+            "perplexity": [{"text": "more-text", "windows": 4, "length": 32}],
+            "generation": {"text": "held-out-text", "prompts": 4, "input_tokens": 8, "output_tokens": 8},
             "tasks": [{"task": "openbookqa", "limit": 20}],
             "batch_size": 4,
         },
@@ -114,6 +116,7 @@ def tiny_recipe_text(tiny_model: Path, tiny_data: Path) -> str:
         "data": {
             "calibration-text": {"uri": f"file:{tiny_data}/calibration.jsonl", "text": "body"},
             "held-out-text": {"uri": f"file:{tiny_data}/held-out.jsonl", "text": "body"},
+            "more-text": {"uri": f"file:{tiny_data}/more.jsonl", "text": "body"},
         },
     }
     return yaml.safe_dump(recipe, sort_keys=False)

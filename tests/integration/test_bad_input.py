@@ -64,8 +64,44 @@ def test_calibration_on_the_evaluation_text(tiny_recipe_text: str, tmp_path: Pat
         **{"variants__int4-gptq__0__quantize__calibrate__source": "held-out-text"},
         **{"variants__int4-gptq__0__quantize__calibrate__samples": 40},
     )
+    done = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
+    assert done.returncode == 0, done.stderr  # the other variant has a winner
+    record = latest(tmp_path)
+    assert record["status"] == "partial"
+    refused_one = next(result for result in record["candidates"] if result["variant"] == "int4-gptq")
+    assert refused_one["verdict"]["status"] == "error"
+    assert "calibrates on text that the evaluation uses" in refused_one["verdict"]["reasons"][0]
+    allowed = "variants.int4-gptq.0.quantize.calibrate.allow_overlap=true"
+    done = pennyweight("run", "tiny.yaml", allowed, cwd=tmp_path, store=tmp_path / "store")
+    record = latest(tmp_path)
+    assert record["status"] == "passed", done.stderr
+    assert any(note.startswith("Allowed by the recipe: int4-gptq calibrates on text") for note in record["notes"])
+
+
+def test_a_task_whose_data_lie_on_a_hub_that_is_not_there(tiny_recipe_text: str, tmp_path: Path) -> None:
+    with_changes(
+        tiny_recipe_text,
+        tmp_path,
+        evaluate__tasks=[{"task": "hellaswag", "from": "lm-eval", "limit": 4}],
+        gate=[{"task": "hellaswag", "metric": "acc", "non_inferior_within": 0.5}],
+    )
+    message = refused(tmp_path, "run", "tiny.yaml", code=4, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    assert "the data of lm-eval's task 'hellaswag' cannot be had" in message
+    assert "evals/tasks" in message
+
+
+def test_questions_longer_than_the_context(tiny_recipe_text: str, tmp_path: Path) -> None:
+    rows = [{"question": "river stone " * 400, "options": "A. a\nB. b", "answer": "A. a"}] * 3
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = yaml.safe_load(tiny_recipe_text)["data"]
+    with_changes(
+        tiny_recipe_text,
+        tmp_path,
+        data={**data, "openbookqa": {"uri": f"file:{tmp_path}/long.jsonl", "questions": "lettered"}},
+        evaluate__tasks=["openbookqa"],
+    )
     message = refused(tmp_path, "run", "tiny.yaml", code=4)
-    assert "evaluation" in message
+    assert "the model knows 512 positions" in message
 
 
 def test_calibration_data_that_are_empty(tiny_recipe_text: str, tmp_path: Path) -> None:

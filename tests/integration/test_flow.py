@@ -91,10 +91,70 @@ def test_base_does_not_differ_from_itself(finished: Path) -> None:
     assert metrics["perplexity_ratio"] == 1
 
 
+def test_every_source_of_evidence_is_measured_with_an_interval(finished: Path) -> None:
+    result = next(result for result in latest(finished)["candidates"] if result["id"] == "int4-gptq@onnxruntime")
+    metrics = result["quality"]["metrics"]
+    names = ["kl_mean", "top1_agreement", "perplexity_ratio", "more-text/perplexity", "openbookqa/acc_norm"]
+    for name in (*names, "generation/surprise", "generation/repetition"):
+        found = metrics[name]
+        assert found["low"] < found["value"] < found["high"] or found["value"] == 0, name
+    assert {metrics[name]["n"] for name in ("openbookqa/acc", "generation/surprise")} == {20, 4}
+    assert metrics["openbookqa/acc_norm"]["gained"] + metrics["openbookqa/acc_norm"]["lost"] <= 20
+    conditions = result["verdict"]["conditions"]
+    assert [condition["status"] for condition in conditions] == ["fail", "pass"]
+    assert all(condition["needed"] and condition["detectable"] for condition in conditions)
+
+
+def test_looks_go_on_until_the_gate_is_sure(finished: Path, tmp_path: Path) -> None:
+    """20 questions cannot see a margin of 0.1; each look doubles them, of the undecided task alone."""
+    shutil.copy(finished / "tiny.yaml", tmp_path)
+    shutil.copytree(finished / "store", tmp_path / "store")
+    changes = (
+        "on_inconclusive=extend",
+        "gate=[{metric: kl_mean, max: 0.01}, {task: openbookqa, metric: acc, non_inferior_within: 0.1}]",
+    )
+    done = pennyweight("run", "tiny.yaml", *changes, cwd=tmp_path, store=tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    record = latest(tmp_path)
+    sure = next(result for result in record["candidates"] if result["id"] == "int8@onnxruntime")
+    text, task = sure["verdict"]["conditions"]
+    assert (text["status"], text["look"], task["status"]) == ("pass", 1, "pass")
+    assert task["look"] > 1
+    assert task["n"] == 20 * 2 ** (task["look"] - 1)
+    assert sure["quality"]["metrics"]["openbookqa/acc"]["n"] == task["n"]
+    assert sure["quality"]["metrics"]["generation/surprise"]["n"] == 4
+    failed = next(result for result in record["candidates"] if result["id"] == "int4-gptq@onnxruntime")
+    assert failed["quality"]["metrics"]["openbookqa/acc"]["n"] == 20  # its divergence had failed it already
+    looked = [stage for stage in record["stages"] if "look" in stage["subject"] and not stage["reused"]]
+    assert {stage["stage"] for stage in looked} == {"reference", "evaluate"}
+
+
+def test_flips_and_comparisons(finished: Path, tmp_path: Path) -> None:
+    store, names = finished / "store", ("int4-gptq@onnxruntime", "int8@onnxruntime")
+    shown = pennyweight("show", "--candidate", names[0], "--task", "openbookqa", cwd=finished, store=store)
+    assert shown.returncode == 0, shown.stderr
+    assert "int4-gptq@onnxruntime (ours) against" in shown.stdout
+    sides = [f"runs/latest:{name}" for name in names]
+    compared = pennyweight("compare", *sides, "--json", "--junit", str(tmp_path / "j.xml"), cwd=finished, store=store)
+    assert compared.returncode == 0, compared.stderr
+    metric = next(item for item in json.loads(compared.stdout)["metrics"] if item["name"] == "openbookqa/acc_norm")
+    right = []
+    for name in names:
+        rows = [json.loads(line) for line in (finished / f"runs/latest/samples/{name}.jsonl").open()]
+        right.append({row["doc_id"]: row["acc_norm"] for row in rows if row["task"] == "openbookqa"})
+    assert metric["gained"] == sum(right[0][item] > right[1][item] for item in right[0])
+    assert metric["lost"] == sum(right[0][item] < right[1][item] for item in right[0])
+    assert 'name="openbookqa/acc_norm"' in (tmp_path / "j.xml").read_text()
+    unknown = pennyweight("show", "--task", "piqa", cwd=finished, store=store)
+    assert (unknown.returncode, "no task 'piqa'" in unknown.stderr) == (2, True)
+
+
 def test_exports_are_checked_against_their_checkpoint(finished: Path) -> None:
     for result in latest(finished)["candidates"]:
         if result["runtime"] == "onnxruntime":
-            assert 0 <= result["candidate"]["parity"]["kl_mean"] <= result["candidate"]["parity"]["tolerance"]
+            parity = result["candidate"]["parity"]
+            assert 0 <= parity["kl_mean"] <= parity["tolerance"]
+            assert 0 < parity["delta_mean"] <= parity["delta_max"]
 
 
 def test_a_repeated_run_does_nothing_twice(finished: Path) -> None:

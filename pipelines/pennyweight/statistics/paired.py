@@ -16,9 +16,9 @@ class PairedTable:
     """Answers to the same n questions: how often only the candidate, and only the base, was right."""
 
     n: int
-    gained: int
-    """Candidate right, base wrong."""
-    lost: int
+    gained: float
+    """Candidate right, base wrong. A whole number, but for expected tables."""
+    lost: float
     """Candidate wrong, base right."""
 
     @classmethod
@@ -56,7 +56,8 @@ class PairedTable:
         """Of one question. Half a disagreement is added, so that a sample without any is not taken for a world without
         any; a larger difference than the one seen is made of as many more disagreements."""
         discordant = (self.gained + self.lost + 0.5) / (self.n + 1) + max(abs(truth) - abs(self.difference), 0.0)
-        return math.sqrt(_null_variance(self, threshold)), math.sqrt(max(discordant - truth**2, 0.0))
+        expected = PairedTable(self.n, (discordant + truth) / 2 * self.n, (discordant - truth) / 2 * self.n)
+        return math.sqrt(_null_variance(expected, threshold)), math.sqrt(max(discordant - truth**2, 0.0))
 
     def mcnemar(self) -> float:
         """Two-sided p-value of the exact McNemar test: gained and lost answers are equally likely."""
