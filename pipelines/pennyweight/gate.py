@@ -256,9 +256,11 @@ def describe(condition: Condition, found: ConditionResult, estimate: Estimate) -
         seen = f"{found.name} {number(found.value, True)} against the base on {found.n:,} items"
         margin = f", bound {number(found.threshold, True)}"
         if condition.metric == "perplexity":
-            seen = f"{found.name} {number(found.value)} times the base's"
+            seen = f"{found.name} {number(found.value, digits=4)} times the base's"
             margin = f", bound {found.threshold:g}"
     seen += _bounds(found, level) + margin
+    if found.detectable is not None and found.worst != found.best:
+        seen += f"; minimum detectable {number(found.detectable, digits=2)}"
     if found.looks > 1:
         seen += f"; look {found.look} of {found.looks}"
     if found.status == "inconclusive":
@@ -271,11 +273,12 @@ def _bounds(found: ConditionResult, level: str) -> str:
     good, bad = ("above", "below") if found.higher_is_better else ("below", "above")
     if found.worst == found.best:
         return ""
+    digits = 4 if found.value is not None and 0.5 < found.value < 2 else 3  # ratios near 1
     if found.status == "pass":
-        return f"; at {level} confidence {good} {number(found.worst)}"
+        return f"; at {level} confidence {good} {number(found.worst, digits=digits)}"
     if found.status == "fail":
-        return f"; at {level} confidence {bad} {number(found.best)}"
-    return f"; at {level} confidence between {number(low)} and {number(high)}"
+        return f"; at {level} confidence {bad} {number(found.best, digits=digits)}"
+    return f"; at {level} confidence between {number(low, digits=digits)} and {number(high, digits=digits)}"
 
 
 def _what_it_takes(found: ConditionResult) -> str:
@@ -288,11 +291,11 @@ def _what_it_takes(found: ConditionResult) -> str:
     return f"about {number(needed)} items would settle it, if it is what it seems"
 
 
-def number(value: float | None, signed: bool = False) -> str:
-    """Three digits, with a true minus sign; ∞ for a bound that the data do not give."""
+def number(value: float | None, signed: bool = False, digits: int = 3) -> str:
+    """A few digits, with a true minus sign; ∞ for a bound that the data do not give."""
     if value is None:
         return "∞"
-    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    shown = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
     return (f"+{shown}" if signed and value >= 0 else shown).replace("-", "−")
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from pennyweight.errors import UsageError
+
 _PACKAGE = Path(__file__).parent
 
 
@@ -39,8 +41,17 @@ def suites() -> dict[str, Path]:
 @cache
 def tasks() -> dict[str, dict[str, Any]]:
     """lm-eval task configs by name. `metadata.data` names the data set that a task reads."""
-    loaded = (_load(path) for path in sorted((root() / "evals" / "tasks").glob("*.yaml")))
-    return {task["task"]: task for task in loaded}
+    found = {}
+    for path in sorted((root() / "evals" / "tasks").glob("*.yaml")):
+        try:
+            task = _load(path)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{path} is not YAML: {reason}", "it is an lm-eval task; see those beside it") from None
+        if not isinstance(task, dict) or not isinstance(task.get("task"), str):
+            raise UsageError(f"{path} has no `task:`, the task's name", "it is an lm-eval task; see those beside it")
+        found[task["task"]] = task
+    return found
 
 
 @cache

@@ -6,7 +6,7 @@ import yaml
 
 from pennyweight import shipped
 from pennyweight.errors import RecipeError, UsageError
-from pennyweight.recipe import Recipe, load_recipe, load_suite
+from pennyweight.recipe import Recipe, load_recipe, load_suite, task_fault
 
 
 def broken(tmp_path: Path, **changes: Any) -> str:
@@ -32,6 +32,82 @@ def test_every_shipped_suite_is_valid(name: str) -> None:
     suite = load_suite(shipped.suites()[name])
     assert suite.name == name
     assert suite.metrics()
+
+
+@pytest.mark.parametrize(
+    ("suite", "words"),
+    [
+        ({"tasks": ["piqa", {"task": "piqa", "limit": 3}]}, "names piqa twice"),
+        ({"tasks": ["piqaa"]}, "did you mean 'piqa'"),
+        ({"tasks": ["hellaswag"]}, "needs `from: lm-eval`"),
+        ({"perplexity": [{"text": "xsum-documents"}, {"text": "xsum-documents"}]}, "names xsum-documents twice"),
+        ({"divergence": {"text": "piqa"}}, "'piqa' has no text"),
+        ({}, "needs `divergence`, `perplexity`, `tasks` or `generation`"),
+        ({"divergence": {"text": "xsum-documents"}, "seed": "x"}, "seed"),
+    ],
+)
+def test_a_suite_is_checked_as_a_recipe_is(suite: dict, words: str, tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"name": "mine", **suite}))
+    with pytest.raises(RecipeError) as caught:
+        load_suite(tmp_path / "suite.yaml")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(shipped.suites()))
+def test_shipped_suites_are_valid(name: str) -> None:
+    assert load_suite(shipped.suites()[name]).metrics()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("task: [", "is not YAML"), ("dataset_path: json\n", "has no `task:`"), ("- a\n", "has no `task:`")],
+)
+def test_a_malformed_task_names_its_file(
+    text: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evals" / "tasks").mkdir(parents=True)
+    (tmp_path / "evals" / "tasks" / "mine.yaml").write_text(text)
+    monkeypatch.setattr(shipped, "root", lambda: tmp_path)
+    shipped.tasks.cache_clear()
+    with pytest.raises(UsageError, match=words) as caught:
+        shipped.tasks()
+    assert "mine.yaml" in caught.value.message
+    monkeypatch.undo()
+    shipped.tasks.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"doc_to_target": None}, "has no `doc_to_target`"),
+        ({"output_type": "loglikelihood_rolling"}, "gives no score a question"),
+        ({"doc_to_choice": None}, "has no `doc_to_choice`"),
+        ({"metric_list": [{"metric": "acc"}]}, "needs `metric` and `higher_is_better`"),
+        ({"metadata": {}}, "names no data set"),
+    ],
+)
+def test_faults_of_a_task(changes: dict, words: str) -> None:
+    task = {key: value for key, value in (shipped.tasks()["piqa"] | changes).items() if value is not None}
+    assert words in task_fault(task)
+    assert task_fault(shipped.tasks()["piqa"]) is None
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        ({"task": "piqa", "metric": "acc", "max": 0.5}, "more is better for acc"),
+        ({"metric": "kl_mean", "min": 0.1}, "less is better for kl_mean"),
+        ({"metric": "kl_mean", "relative_within": 0.1}, "measured from the base already"),
+        ({"metric": "acc", "tasks": ["piqa", "nothing"], "non_inferior_within": 0.1}, "does not measure 'nothing/acc'"),
+        ({"metric": "acc", "task": "piqa", "tasks": ["piqa"], "non_inferior_within": 0.1}, "both `task` and `tasks`"),
+        ({"metric": "acc", "non_inferior_within": 0.1}, "add `task:`"),
+        ({"task": "piqa", "metric": "acc"}, "needs exactly one of"),
+    ],
+)
+def test_conditions_that_make_no_sense(condition: dict, words: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("smollm2-135m-cpu", [f"gate={yaml.safe_dump([condition], default_flow_style=True)}"])
+    assert words in str(caught.value)
 
 
 def test_resolved_recipe_embeds_what_it_names() -> None:

@@ -31,7 +31,9 @@ def _candidate(name: str, found: list[Flip]) -> Html:
         return el("details", summary, el("p", "No answer flipped."))
     head = ["", "task", "question", "right answer", "candidate", "base"]
     rows = [_row(flip) for flip in found[:SHOWN]]
-    table = el("table", el("thead", el("tr", [el("th", word, scope="col") for word in head])), el("tbody", rows))
+    table = el(
+        "table", el("thead", el("tr", [el("th", word, scope="col", class_="text") for word in head])), el("tbody", rows)
+    )
     return el("details", summary, el("div", table, class_="scroll"))
 
 
