@@ -10,11 +10,12 @@ from pydantic import Field
 from pennyweight.errors import UsageError, did_you_mean
 from pennyweight.evaluate import estimates
 from pennyweight.evaluate.evidence import Row, read_rows
-from pennyweight.gate import number
+from pennyweight.gate.words import number
 from pennyweight.records import CandidateResult, Interval, Record, RunRecord
 from pennyweight.show import load_run
 from pennyweight.statistics import PairedTable
 from pennyweight.statistics.clustered import NORMAL_95
+from pennyweight.suite import metrics_of_condition
 
 #: Metrics that compare the choices' log-likelihoods by their length in characters.
 _NORMALIZED = ("acc_norm",)
@@ -163,11 +164,8 @@ def flips_of_run(record: RunRecord) -> dict[str, list[Flip]]:
 
 def _gated(record: RunRecord, result: CandidateResult) -> list[str]:
     assert result.quality is not None
-    on_gate = {
-        f"{task}/{condition['metric']}"
-        for condition in record.recipe.resolved.get("gate", [])
-        for task in (condition.get("tasks") or [condition.get("task")])
-    }
+    conditions = record.recipe.resolved.get("gate", [])
+    on_gate = {name for condition in conditions for name in metrics_of_condition(condition)}
     answered = [name for name, metric in result.quality.metrics.items() if metric.gained is not None]
     return [name for name in answered if name in on_gate] or answered
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 from pennyweight.compare import Comparison
-from pennyweight.gate import number
+from pennyweight.gate.words import number
 from pennyweight.records import CandidateResult, RunRecord
 
 

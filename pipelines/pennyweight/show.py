@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pennyweight.errors import UsageError
 from pennyweight.gate import point_at
 from pennyweight.records import RUN_SCHEMA_VERSION, CandidateResult, RunRecord
+from pennyweight.suite import metrics_of_condition
 
 SENTENCES = {
     "inconclusive": "no winner: too few samples to decide; the reasons say where",
@@ -81,11 +82,7 @@ def _metric_names(record: RunRecord) -> list[str]:
     for result in record.candidates:
         if result.quality:
             measured |= dict.fromkeys(result.quality.metrics)
-    gated = [
-        f"{task}/{condition['metric']}" if task else condition["metric"]
-        for condition in record.recipe.resolved["gate"]
-        for task in (condition.get("tasks") or [condition.get("task")])
-    ]
+    gated = [name for condition in record.recipe.resolved["gate"] for name in metrics_of_condition(condition)]
     return [name for name in dict.fromkeys(gated) if name in measured]
 
 

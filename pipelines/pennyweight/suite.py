@@ -121,6 +121,13 @@ def source_of(metric: str) -> str:
     return metric.rpartition("/")[0] or "divergence"
 
 
+def metrics_of_condition(condition: dict[str, Any]) -> list[str]:
+    """Full names of the metrics that say how a condition of a resolved recipe came out."""
+    relative = condition["metric"] == "perplexity" and condition.get("relative_within") is not None
+    metric = "perplexity_ratio" if relative else condition["metric"]
+    return [f"{task}/{metric}" if task else metric for task in (condition.get("tasks") or [condition.get("task")])]
+
+
 BOUNDS = ("max", "min", "non_inferior_within", "relative_within")
 
 

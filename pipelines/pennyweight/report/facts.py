@@ -8,6 +8,7 @@ from typing import Any
 
 from pennyweight.pareto import pareto_front
 from pennyweight.records import CandidateResult, CostPoint, MetricValue, RunRecord
+from pennyweight.suite import metrics_of_condition
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,18 @@ def gate(record: RunRecord) -> list[dict[str, Any]]:
     if not isinstance(conditions, list):
         return []
     return [
-        {**item, "name": f"{task}/{item['metric']}" if task else item["metric"]}
+        {**_as_ratio(item), "name": name}
         for item in conditions
         if isinstance(item, dict) and "metric" in item
-        for task in (item.get("tasks") or [item.get("task")])
+        for name in metrics_of_condition(item)
     ]
+
+
+def _as_ratio(item: dict[str, Any]) -> dict[str, Any]:
+    """A perplexity relative to the base's is shown as the ratio of the two, which has a bound of its own."""
+    if item["metric"] != "perplexity" or item.get("relative_within") is None:
+        return item
+    return {**item, "metric": "perplexity_ratio", "max": 1 + item["relative_within"], "relative_within": None}
 
 
 def concurrencies(record: RunRecord) -> list[int]:
