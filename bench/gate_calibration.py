@@ -35,21 +35,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=2000, help="of each row (default 2000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="rows whose condition contains this")
     parser.add_argument("--real", action="store_true", help="noise the embedded model's weights instead")
     options = parser.parse_args()
     if options.real:
         real()
     else:
-        simulated(options.simulations, options.seed)
+        simulated(options.simulations, options.seed, options.only)
 
 
 # --- simulated --------------------------------------------------------------------------------------------------------
 
 
-def simulated(simulations: int, seed: int) -> None:
+def simulated(simulations: int, seed: int, only: str) -> None:
     print("| condition | looks | true loss | pass | fail | inconclusive | items on average |")
     print("|---|---|---|---:|---:|---:|---:|")
     for extend, (name, draw, conditions, unit) in itertools.product((False, True), scenarios()):
+        if only not in name:
+            continue
         first, total = sizes(draw, conditions, extend)
         recipe = make_recipe(conditions, first, extend)
         for label, loss in (("none", 0.0), ("the margin", 1.0), ("twice the margin", 2.0)):

@@ -221,6 +221,21 @@ def test_a_run_is_a_parent_with_a_child_for_each_candidate(
     assert [item.path for item in client.list_artifacts(int8.info.run_id, "samples")] == ["samples/int8.jsonl"]
 
 
+def test_flipped_answers_are_a_table(store: Path, client: Any) -> None:
+    record = make_run(store / "flips", "flips", model=None)
+    metric = MetricValue(value=0.5, n=2, gained=1, lost=0, higher_is_better=True)
+    for result, right in zip(record.candidates, (0.0, 1.0)):
+        result.quality.metrics["piqa/acc"] = metric
+        row = {"task": "piqa", "doc_id": 7, "doc_hash": "h", "prompt": "Why?", "target": 0, "acc": right}
+        row |= {"choices": ["so", "no"], "loglikelihoods": [-2.0 + right, -1.5]}
+        Path(result.quality.samples_path).write_text(json.dumps(row) + "\n")
+    log(record)
+    (int8,) = [run for run in runs_of(client, "flips") if run.info.run_name == "int8@onnxruntime"]
+    table = json.loads(Path(client.download_artifacts(int8.info.run_id, "flips.json")).read_text())
+    (row,) = [dict(zip(table["columns"], row)) for row in table["data"]]
+    assert (row["item"], row["gained"], row["ours"], row["theirs"]) == (7, True, "so", "no")
+
+
 def test_what_is_not_finite_is_a_tag_and_never_a_number(store: Path, client: Any) -> None:
     record = make_run(store / "nan", "nan", model=None)
     log(record)

@@ -126,8 +126,15 @@ def clustered_mean(values: np.ndarray, clusters: np.ndarray) -> Mean:
     sums = np.bincount(labels, weights=np.asarray(values, dtype=float) - value, minlength=count)
     squares = float(np.sum(sums**2))
     stderr = math.sqrt(count / (count - 1) * squares) / n
-    skewness = float(np.sum(sums**3)) / squares**1.5 if squares else 0.0
-    return Mean(value, stderr, n, count - 1, skewness)
+    return Mean(value, stderr, n, count - 1, _skewness_of_average(sums))
+
+
+def _skewness_of_average(sums: np.ndarray) -> float:
+    """Skewness of the values, as corrected for small samples (Joanes and Gill, 1998), over the root of their number."""
+    count, squares = len(sums), float(np.sum(sums**2))
+    if count < 3 or not squares:
+        return 0.0
+    return math.sqrt(count * (count - 1)) / (count - 2) * float(np.sum(sums**3)) / squares**1.5
 
 
 def paired_mean(differences: np.ndarray) -> Mean:
