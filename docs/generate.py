@@ -59,21 +59,31 @@ def recipe_schema() -> dict[str, Any]:
             "additionalProperties": False,
         }
     steps = [{"$ref": f"#/$defs/{kind} step"} for kind in STEPS]
-    return _spelled_short(schema, short, {"Quantize": steps})
+    schema["properties"]["variants"] = _with_steps(schema["properties"]["variants"], steps)
+    return _spelled_short(schema, short)
 
 
-def _spelled_short(node: Any, short: dict[str, Any], steps: dict[str, Any]) -> Any:
+def _with_steps(node: Any, steps: list[dict[str, str]]) -> Any:
+    """The schema of the variants with every step spelled as a mapping of one key."""
+    if isinstance(node, list):
+        return [_with_steps(item, steps) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "discriminator" in node:
+        return {"anyOf": steps}
+    return {key: _with_steps(item, steps) for key, item in node.items()}
+
+
+def _spelled_short(node: Any, short: dict[str, Any]) -> Any:
     """The schema with every reference to a section that has a short spelling widened to allow it."""
     if isinstance(node, list):
-        return [_spelled_short(item, short, steps) for item in node]
+        return [_spelled_short(item, short) for item in node]
     if not isinstance(node, dict):
         return node
     name = str(node.get("$ref", "")).rsplit("/", 1)[-1]
     if name in short:
         return {"anyOf": [short[name], {"$ref": node["$ref"]}]} | {k: v for k, v in node.items() if k != "$ref"}
-    if name in steps:
-        return {"anyOf": steps[name]}
-    return {key: item if key.endswith(" step") else _spelled_short(item, short, steps) for key, item in node.items()}
+    return {key: item if key.endswith(" step") else _spelled_short(item, short) for key, item in node.items()}
 
 
 def _json(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Describing a checkpoint folder from its config and its safetensors headers; no tensor is loaded.
+"""Describing a checkpoint folder from its config and its safetensors headers, without loading a tensor.
 
 Safetensors layout: 8 bytes with the header's length N (little endian), N bytes of JSON, then the tensors' bytes
 (https://huggingface.co/docs/safetensors, section Format).
@@ -12,11 +12,14 @@ import struct
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pennyweight.errors import SourceError
 from pennyweight.records import Checkpoint
 from pennyweight.store import folder_digest
+
+if TYPE_CHECKING:
+    import torch
 
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -151,6 +154,16 @@ def read_header(file: Path) -> list[Tensor]:
         raise SourceError(
             f"{file} is {size} bytes, its header says {end}", "it was cut short or changed: fetch it again"
         )
+    return tensors
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(path))
     return tensors
 
 

@@ -52,6 +52,8 @@ class Quantize(Section):
 
     imitates_base: ClassVar[bool] = True
     """Whether the result should predict what the base predicts, so that divergence from it is damage."""
+    text_key: ClassVar[str] = "calibrate"
+    """The key that names the text a step learns from."""
 
     kind: Literal["quantize"] = "quantize"
     scheme: Scheme
@@ -94,8 +96,44 @@ class Quantize(Section):
         return f"quantize {self.scheme} {self.method} {kind} g{self.group_size}{head}"
 
 
-Step = Quantize
-STEPS: dict[str, type[Section]] = {"quantize": Quantize}
+class Recover(Section):
+    """Heal a quantized checkpoint: train what is not an integer to predict what the base predicts."""
+
+    imitates_base: ClassVar[bool] = True
+    text_key: ClassVar[str] = "text"
+
+    kind: Literal["recover"] = "recover"
+    text: str
+    """Name of a text data set to learn on. Must share no text with the evaluation."""
+    steps: int = Field(40, ge=1)
+    """Steps of the optimizer. Each sees text that no other step has seen."""
+    batch: int = Field(4, ge=1)
+    """Windows in a step."""
+    length: int = Field(256, ge=16)
+    """Tokens in a window."""
+    learning_rate: float = Field(0.005, gt=0, lt=1)
+    """Of AdamW, after a warm-up and before a cosine. Scales learn by relative change."""
+    train: list[Literal["scales", "norms"]] = Field(["scales", "norms"], min_length=1)
+    """What learns: the groups' scales, the norms' weights. The integers stay as they are."""
+    held_out: int = Field(8, ge=1)
+    """Windows that are not learnt on, and decide which state is kept."""
+    check_every: int = Field(10, ge=1)
+    """Steps between two looks at the held-out windows."""
+    allow_overlap: bool = False
+    """Report text that the evaluation uses too, instead of refusing the variant."""
+
+    @property
+    def calibrate(self) -> Calibration:
+        """The text it takes: the held-out windows, then each step's."""
+        windows = self.held_out + self.steps * self.batch
+        return Calibration(source=self.text, samples=windows, length=self.length, allow_overlap=self.allow_overlap)
+
+    def describe(self) -> str:
+        return f"recover {' and '.join(self.train)}, {self.steps} steps of {self.batch} × {self.length} tokens"
+
+
+Step = Annotated[Quantize | Recover, Field(discriminator="kind")]
+STEPS: dict[str, type[Section]] = {"quantize": Quantize, "recover": Recover}
 
 
 def scheme_bits(scheme: str) -> int:
@@ -406,7 +444,7 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
             if step.calibrate:
-                wanted[step.calibrate.source] = (f"variants.{variant}.{index}.{step.kind}.calibrate", "text")
+                wanted[step.calibrate.source] = (f"variants.{variant}.{index}.{step.kind}.{step.text_key}", "text")
     suite = recipe.evaluate
     if suite.name != "unknown":
         wanted |= {item.text: ("evaluate", "text") for item in suite.texts().values()}
@@ -479,12 +517,7 @@ def _validate(model: type[Section], raw: Any, file: YamlFile, problems: list[Pro
         return model.model_validate(raw)
     except ValidationError as error:
         for item in error.errors():
-            # A step of an unknown kind has only keys that are unknown too; one message for it is enough.
-            unknown_step = any(
-                e["type"] == "literal_error" and e["loc"] == (*item["loc"][:-1], "kind") for e in error.errors()
-            )
-            if not (unknown_step and item["loc"][-1] != "kind"):
-                problems.append(_problem(model, item, file, prefix))
+            problems.append(_problem(model, item, file, prefix))
         return None
 
 
@@ -501,8 +534,11 @@ def _problem(model: type[Section], item: dict[str, Any], file: YamlFile, prefix:
         case "missing":
             message = "is missing"
         case "literal_error":
-            message = f"unknown step {value!r}" if location[-1] == "kind" else f"unknown value {value!r}"
+            message = f"unknown value {value!r}"
             hint = did_you_mean(str(value), re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+        case "union_tag_invalid":
+            message = f"unknown step {item['ctx']['tag']!r}"
+            hint = did_you_mean(item["ctx"]["tag"], re.findall(r"'([^']+)'", item["ctx"]["expected_tags"]))
         case "too_short":
             message = "is empty; it needs at least one step" if "variants" in location else "is empty"
         case "value_error":
@@ -520,7 +556,9 @@ def _keys_at(model: type[Section], location: tuple[Any, ...]) -> list[str]:
     node: dict[str, Any] = schema
     for part in location:
         node = _resolve(schema, node)
-        if isinstance(part, int):
+        if part in node.get("discriminator", {}).get("mapping", {}):
+            node = {"$ref": node["discriminator"]["mapping"][part]}
+        elif isinstance(part, int):
             node = node.get("items", {})
         else:
             node = (

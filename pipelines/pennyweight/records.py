@@ -20,6 +20,18 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
+class Healing(Record):
+    """What `recover` did to a checkpoint."""
+
+    steps: int
+    tokens: int = Field(description="tokens learnt on")
+    trained: int = Field(description="numbers that learnt")
+    kl_before: float = Field(description="nats per token from the base, on text that was not learnt on")
+    kl_after: float
+    curve: list[tuple[int, float]] = Field(description="(step, held-out KL)")
+    seconds: float
+
+
 class Checkpoint(Record):
     """A folder of weights on disk."""
 
@@ -31,6 +43,7 @@ class Checkpoint(Record):
     dtype: str = Field(description="dtype of what is not quantized, such as `bfloat16`")
     parameters: int
     origin: str = Field(description="the URI it came from, or the steps that made it from the base")
+    healing: Healing | None = Field(None, description="of its last `recover` step")
 
 
 class Parity(Record):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -321,6 +322,7 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
             "version": kind.version,
             "checkpoint": checkpoint.digest,
             "step": step.model_dump(mode="json", exclude={"calibrate"}),
+            **({"base": base.digest} if kind.needs_base else {}),
             "calibration": texts.digests.get(name),
             "seed": run.recipe.seed,
             "device": run.device,
@@ -332,10 +334,13 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
         def build(files: Path, kind: Any = kind, step: Any = step, name: str = name, before: Any = checkpoint) -> Any:
             from pennyweight import checkpoints
 
-            context = StepContext(run.device, run.recipe.seed, texts.load(name))
+            expected = run.plan.expected_seconds(step.kind, variant) or 0.0
+            report = partial(run.progress.fraction, step.kind, expected=expected)
+            context = StepContext(run.device, run.recipe.seed, texts.load(name), base, report)
             with stage.library():
-                kind.run(before, step, context, files)
-            return checkpoints.describe(files, origin=" → ".join([base.origin, *done])).model_dump(mode="json")
+                healing = kind.run(before, step, context, files)
+            made = checkpoints.describe(files, origin=" → ".join([base.origin, *done]))
+            return made.model_copy(update={"healing": healing}).model_dump(mode="json")
 
         with run.stage(step.kind, variant) as stage:
             entry = run.store.get_or_build("step", inputs, build)

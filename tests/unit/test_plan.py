@@ -304,7 +304,7 @@ def test_windows_longer_than_the_model_knows(calm: Store) -> None:
     load = recipe().benchmark.model_dump() | {"workload": {"input_tokens": 60, "output_tokens": 8}}
     made = make_plan(recipe({"a": [gptq]}, evaluate=suite, benchmark=load), calm)
     assert [path for path, _ in problems(made)] == [
-        "variants.a.0.quantize.calibrate.length",
+        "variants.a.0.quantize.calibrate",
         "evaluate",
         "benchmark.workload",
     ]

@@ -127,8 +127,12 @@ def test_resolved_recipe_embeds_what_it_names() -> None:
         ({"device": "gpu"}, "device", "unknown value 'gpu'"),
         ({"variants": {"a": []}}, "variants.a", "at least one step"),
         ({"variants": {}}, "variants", "empty"),
-        ({"variants": {"a": [{"quantise": {"scheme": "w8a16"}}]}}, "variants.a.0.kind", "did you mean 'quantize'?"),
-        ({"variants": {"a": [{"quantize": {"scheme": "w4a17"}}]}}, "variants.a.0.scheme", "did you mean 'w4a16'?"),
+        ({"variants": {"a": [{"quantise": {"scheme": "w8a16"}}]}}, "variants.a.0", "did you mean 'quantize'?"),
+        (
+            {"variants": {"a": [{"quantize": {"scheme": "w4a17"}}]}},
+            "variants.a.0.quantize.scheme",
+            "did you mean 'w4a16'?",
+        ),
         ({"variants": {"a": [{"quantize": {"scheme": "w4a16", "group_sise": 64}}]}}, "group_sise", "'group_size'"),
         (
             {"variants": {"a": [{"quantize": {"scheme": "w4a16", "method": "gptq"}}]}},
@@ -191,7 +195,7 @@ def test_all_problems_come_together_with_their_lines(tmp_path: Path) -> None:
     assert ("variants.a", 6) in lines
     assert ("devise", 3) in lines
     assert ("runtimes.base.0", 7) in lines
-    assert ("variants.a.0.group_size", 6) in lines
+    assert ("variants.a.0.quantize.group_size", 6) in lines
 
 
 def test_what_is_not_yaml_or_not_there_is_said(tmp_path: Path) -> None:

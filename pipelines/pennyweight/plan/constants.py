@@ -17,6 +17,8 @@ SECONDS_PER_GB = {"convert": 20.0, "round": 15.0, "export": 4.0, "repack": 20.0,
 DOWNLOAD_BYTES_PER_SECOND = 10e6
 #: Seconds of GPTQ's solve for each weight; its inner loop runs column by column.
 GPTQ_SECONDS_PER_WEIGHT = 3.2e-7
+#: Fraction of the measured rate at which training's products run.
+TRAINING_EFFICIENCY = 0.25
 #: Seconds to compare one logit with the base's: two softmaxes and the divergence.
 COMPARE_SECONDS_PER_LOGIT = 2.5e-9
 #: Seconds to cut a text into windows of tokens.
@@ -29,6 +31,7 @@ BASELINE_BYTES = {
     "source": 500 * MB,
     "data": 500 * MB,
     "quantize": 900 * MB,
+    "recover": 900 * MB,
     "export": 1300 * MB,
     "reference": 900 * MB,
     "evaluate": 900 * MB,

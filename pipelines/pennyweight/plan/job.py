@@ -113,7 +113,8 @@ def task_tokens(recipe: Recipe) -> int:
 
 
 def step_of(recipe: Recipe, variant: str) -> Quantize | None:
-    return recipe.variants[variant][-1] if variant in recipe.variants else None
+    """What a variant's weights are quantized by; None for the base."""
+    return next((step for step in recipe.variants.get(variant, []) if isinstance(step, Quantize)), None)
 
 
 def per_gb(work: str, size: int) -> float:

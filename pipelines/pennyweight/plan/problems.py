@@ -12,7 +12,7 @@ from pennyweight.plan.constants import BASELINE_BYTES
 from pennyweight.plan.records import Plan, PlanProblem, StageEstimate
 from pennyweight.plan.show import format_bytes
 from pennyweight.plan.sizes import ModelShape, is_ignored, quantized_layers
-from pennyweight.recipe import Quantize, Recipe
+from pennyweight.recipe import Quantize, Recipe, Recover
 from pennyweight.store import Store
 
 
@@ -48,8 +48,13 @@ def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
     exported = "onnxruntime" in recipe.runtimes.variants
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
-            path = f"variants.{variant}.{index}.quantize"
-            if index:
+            path = f"variants.{variant}.{index}.{step.kind}"
+            quantized = any(isinstance(before, Quantize) for before in steps[:index])
+            if isinstance(step, Recover):
+                if not quantized:
+                    found.add(path, "recover heals quantized weights", "put a quantize step before it")
+                continue
+            if quantized:
                 found.add(path, "the step before it has quantized these weights already", "keep one of the two")
                 continue
             _check_ignore(path, step, shape, found)
@@ -107,7 +112,7 @@ def check_lengths(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
             if step.calibrate and step.calibrate.length > shape.context:
-                path = f"variants.{variant}.{index}.quantize.calibrate.length"
+                path = f"variants.{variant}.{index}.{step.kind}.{step.text_key}"
                 found.add(path, f"windows of {step.calibrate.length} tokens; {limit}")
     for name, text in recipe.evaluate.texts().items():
         if text.length > shape.context:

@@ -20,6 +20,7 @@ from pennyweight.plan.constants import (
     PARITY_TOKENS,
     QUESTION_TOKENS,
     TRACK_SECONDS,
+    TRAINING_EFFICIENCY,
     WARM_UP,
     WINDOWS_SECONDS,
 )
@@ -38,7 +39,7 @@ from pennyweight.plan.job import (
 )
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes, onnx_bytes, packed_bytes, quantized_layers
-from pennyweight.recipe import Base, Quantize
+from pennyweight.recipe import Base, Quantize, Recover
 from pennyweight.store import RECORD, Store
 
 
@@ -46,7 +47,7 @@ def estimate_stages(job: Job) -> list[StageEstimate]:
     return [
         _source(job),
         *_data(job),
-        *_quantize(job),
+        *_steps(job),
         *_exports(job),
         _reference(job),
         *_evaluations(job),
@@ -111,21 +112,47 @@ def _data(job: Job) -> Iterator[StageEstimate]:
     )  # fmt: skip
 
 
-def _quantize(job: Job) -> Iterator[StageEstimate]:
+def _steps(job: Job) -> Iterator[StageEstimate]:
     for variant, steps in job.recipe.variants.items():
-        step, shape = steps[-1], job.shape
-        if shape is None:
-            yield _unknown("quantize", variant)
-            continue
-        weights = packed_bytes(shape, step)
-        rounding = per_gb("round", dense_bytes(shape))
-        solving = _gptq_seconds(job, step) if step.method == "gptq" else 0.0
-        yield StageEstimate(
-            stage="quantize", subject=variant,
-            seconds=None if solving is None else job.imports("transformers", "llmcompressor") + rounding + solving,
-            peak_memory_bytes=_quantize_memory(shape, step, weights), disk_bytes=weights, weight_bytes=weights,
-            notes=[step.describe()],
-        )  # fmt: skip
+        for step in steps:
+            if job.shape is None:
+                yield _unknown(step.kind, variant)
+            elif isinstance(step, Quantize):
+                yield _quantize(job, job.shape, variant, step)
+            else:
+                yield _recover(job, job.shape, variant, step)
+
+
+def _quantize(job: Job, shape: ModelShape, variant: str, step: Quantize) -> StageEstimate:
+    weights = packed_bytes(shape, step)
+    rounding = per_gb("round", dense_bytes(shape))
+    solving = _gptq_seconds(job, step) if step.method == "gptq" else 0.0
+    return StageEstimate(
+        stage="quantize", subject=variant,
+        seconds=None if solving is None else job.imports("transformers", "llmcompressor") + rounding + solving,
+        peak_memory_bytes=_quantize_memory(shape, step, weights), disk_bytes=weights, weight_bytes=weights,
+        notes=[step.describe()],
+    )  # fmt: skip
+
+
+def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageEstimate:
+    """The teacher reads each window once, the student three times over: forward, and twice backward."""
+    quantized = step_of(job.recipe, variant)
+    weights = packed_bytes(shape, quantized) if quantized else None
+    seconds = None
+    if job.measured is not None:
+        learnt = step.steps * step.batch * step.length
+        looked = step.held_out * step.length * (1 + -(-step.steps // step.check_every))
+        operations = 2 * shape.product_weights * (4 * learnt + 2 * looked)
+        rate = job.measured.gflops_bf16 * 1e9 * TRAINING_EFFICIENCY
+        seconds = job.imports("transformers") + per_gb("load", 3 * dense_bytes(shape)) + operations / rate
+    # Teacher, integers, weights made of them, and their gradients, all in bfloat16; activations kept for the way back.
+    activations = step.batch * step.length * shape.layers * shape.intermediate * ACTIVATION_COPIES
+    return StageEstimate(
+        stage="recover", subject=variant, seconds=seconds, disk_bytes=weights, weight_bytes=weights,
+        peak_memory_bytes=BASELINE_BYTES["recover"] + 4 * 2 * shape.parameters + activations,
+        notes=[step.describe()],
+    )  # fmt: skip
 
 
 def _gptq_seconds(job: Job, step: Quantize) -> float | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pennyweight.checkpoints import read_tensors
 from pennyweight.errors import StageError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class QuantizedLinear:
 
 def read_quantized(folder: Path) -> dict[str, QuantizedLinear]:
     """All quantized layers of a compressed-tensors checkpoint, by module name."""
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     layers = {}
     for name in sorted(name.removesuffix(PACKED) for name in tensors if name.endswith(PACKED)):
         packed = tensors[f"{name}.weight_packed"]
@@ -72,7 +73,7 @@ def rewrite(source: Path, target: Path) -> dict[str, QuantizedLinear]:
     layers = read_quantized(source)
     if not layers:
         raise StageError(f"{source} has no packed integers: not a compressed-tensors checkpoint that can be exported")
-    tensors = {name: value for name, value in _read_tensors(source).items() if not name.endswith(_PARTS)}
+    tensors = {name: value for name, value in read_tensors(source).items() if not name.endswith(_PARTS)}
     for name, layer in layers.items():
         tensors[f"{name}.qweight"] = pack(layer.integers.T, layer.bits, dim=0)
         tensors[f"{name}.scales"] = layer.scales.T.contiguous()
@@ -143,12 +144,3 @@ def _gptq_config(layers: dict[str, QuantizedLinear]) -> dict[str, object]:
         "sym": True,
         "dynamic": others,
     }
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_file(path))
-    return tensors

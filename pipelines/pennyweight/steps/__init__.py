@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight import recipe as schema
-from pennyweight.records import Checkpoint
-from pennyweight.steps import quantize
+from pennyweight.records import Checkpoint, Healing
+from pennyweight.steps import quantize, recover
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,11 @@ class StepContext:
     device: str
     seed: int
     calibration: Any | None = None
-    """Token ids, int64 of shape (samples, length), where the step's settings name calibration text."""
+    """Token ids, int64 of shape (samples, length), where the step's settings name text."""
+    base: Checkpoint | None = None
+    """What the variant was made from."""
+    report: Callable[[str, float], None] = lambda detail, done: None
+    """Told how it goes, and which part is done."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,9 @@ class StepKind:
     version: int
     """Raised whenever the same settings would give other weights."""
     libraries: tuple[str, ...]
-    run: Callable[[Checkpoint, Any, StepContext, Path], None]
+    run: Callable[[Checkpoint, Any, StepContext, Path], Healing | None]
     """(checkpoint, settings, context, folder to write the new checkpoint to)"""
+    needs_base: bool = False
 
 
 STEPS: dict[str, StepKind] = {
@@ -36,6 +41,9 @@ STEPS: dict[str, StepKind] = {
         version=1,
         libraries=("llmcompressor", "compressed-tensors", "transformers", "torch"),
         run=quantize.run,
+    ),
+    "recover": StepKind(
+        version=1, libraries=("compressed-tensors", "transformers", "torch"), run=recover.run, needs_base=True
     ),
 }
 assert set(STEPS) == set(schema.STEPS)

@@ -1,0 +1,142 @@
+"""Healing on a tiny random model: the integers stay, the divergence falls, and the candidate is exported as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_flow import latest, pennyweight
+
+from pennyweight import checkpoints
+from pennyweight.errors import StageError
+from pennyweight.recipe import Quantize, Recover
+from pennyweight.records import Checkpoint
+from pennyweight.runtimes.gptq_layout import read_quantized
+from pennyweight.steps import StepContext, recover
+from pennyweight.steps import quantize as quantize_step
+
+STEP = Recover(text="any", steps=24, batch=4, length=32, learning_rate=0.02, held_out=4, check_every=8)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> Checkpoint:
+    return checkpoints.describe(tiny_model, "tiny")
+
+
+@pytest.fixture(scope="module")
+def rounded(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("rounded")
+    step = Quantize(scheme="w4a16", group_size=32, head="w8a16")
+    quantize_step.run(base, step, StepContext("cpu", 0), folder)
+    return checkpoints.describe(folder, "rounded")
+
+
+def context(base: Checkpoint, step: Recover = STEP) -> StepContext:
+    windows = np.random.default_rng(0).integers(1, 512, (step.calibrate.samples, step.length))
+    return StepContext("cpu", 0, windows, base)
+
+
+@pytest.fixture(scope="module")
+def healed(base: Checkpoint, rounded: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
+    folder = tmp_path_factory.mktemp("healed")
+    return folder, recover.run(rounded, STEP, context(base), folder)
+
+
+def test_divergence_falls_on_text_that_was_not_learnt_on(healed: tuple[Path, object]) -> None:
+    _, healing = healed
+    assert healing.kl_after < 0.8 * healing.kl_before
+    assert [step for step, _ in healing.curve] == [0, 8, 16, 24]
+    assert healing.tokens == 24 * 4 * 32
+
+
+def test_integers_formats_and_sizes_stay(rounded: Checkpoint, healed: tuple[Path, object]) -> None:
+    folder, healing = healed
+    before, after = (checkpoints.read_tensors(Path(path)) for path in (rounded.path, folder))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.endswith((".weight_scale", "norm.weight")) for name in changed)
+    assert not any(name.startswith("lm_head") for name in changed)
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert checkpoints.describe(folder, "x").bytes == rounded.bytes
+    layers = read_quantized(Path(rounded.path))
+    body = sum(layer.scales.numel() for name, layer in layers.items() if name != "lm_head")
+    assert healing.trained == body + 5 * 128  # two norms a layer and the last
+
+
+def test_what_transformers_loads_is_what_was_healed(
+    base: Checkpoint, rounded: Checkpoint, healed: tuple[Path, object]
+) -> None:
+    """The held-out divergence of the written checkpoint, loaded by transformers itself."""
+    from transformers import AutoModelForCausalLM
+
+    folder, healing = healed
+    windows = torch.from_numpy(context(base).calibration[: STEP.held_out])
+
+    def predict(path: str | Path) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with torch.no_grad():
+            return torch.log_softmax(model(windows).logits, -1)
+
+    expected, before, after = predict(base.path), predict(rounded.path), predict(folder)
+    kl_before, kl_after = ((expected.exp() * (expected - found)).sum(-1).mean().item() for found in (before, after))
+    assert kl_before == pytest.approx(healing.kl_before, rel=0.1)
+    assert kl_after == pytest.approx(healing.kl_after, rel=0.1)
+
+
+def test_healing_twice_gives_the_same_bytes(
+    base: Checkpoint, rounded: Checkpoint, healed: tuple[Path, object], tmp_path: Path
+) -> None:
+    recover.run(rounded, STEP, context(base), tmp_path)
+    assert checkpoints.describe(tmp_path, "x").digest == checkpoints.describe(healed[0], "x").digest
+
+
+def test_only_quantized_checkpoints_can_be_healed(base: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="nothing in this one is quantized"):
+        recover.run(base, STEP, context(base), tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops(base: Checkpoint, rounded: Checkpoint, tmp_path: Path) -> None:
+    wild = STEP.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(StageError, match="the loss is") as caught:
+        recover.run(rounded, wild, context(base), tmp_path)
+    assert "step" in caught.value.message
+
+
+def test_chunked_loss_is_the_dense_one_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover, "CHUNK", 7)
+    torch.manual_seed(0)
+    teacher, heads = torch.randn(40, 16), torch.randn(2, 97, 16)
+    student = torch.randn(40, 16, requires_grad=True)
+    loss = recover.chunked_kl(student, teacher, heads[0], heads[1])
+    (gradient,) = torch.autograd.grad(3 * loss, student)
+    expected = torch.log_softmax(teacher @ heads[1].T, -1)
+    dense = torch.nn.functional.kl_div(
+        torch.log_softmax(student @ heads[0].T, -1), expected, reduction="sum", log_target=True
+    )
+    (known,) = torch.autograd.grad(3 * dense, student)
+    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    assert torch.allclose(gradient, known, rtol=1e-4, atol=1e-5)
+
+
+def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(tiny_recipe_text)
+    rounding = {"quantize": {"scheme": "w4a16", "group_size": 32}}
+    healing = {"text": "calibration-text", "steps": 8, "batch": 4, "length": 32, "learning_rate": 0.02}
+    recipe["variants"] = {"int4": [rounding], "int4-healed": [rounding, {"recover": healing}]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    done = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
+    assert done.returncode in (0, 1), done.stderr
+    found = {result["variant"]: result for result in latest(tmp_path)["candidates"]}
+    kl = {name: result["quality"]["metrics"]["kl_mean"]["value"] for name, result in found.items()}
+    assert kl["int4-healed"] < kl["int4"]
+    assert found["int4-healed"]["candidate"]["weight_bytes"] == found["int4"]["candidate"]["weight_bytes"]
+    assert found["int4-healed"]["checkpoint"]["healing"]["steps"] == 8
+    recipe["variants"] = {"healed": [{"recover": healing}]}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    refused = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
+    assert refused.returncode == 2
+    assert "put a quantize step before it" in refused.stderr
