@@ -16,7 +16,7 @@ from pennyweight.evaluate.evidence import Evidence, ScoredText
 from pennyweight.runtimes import Session
 from pennyweight.suite import Suite
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -149,36 +149,37 @@ def _adapter(session: Session, tokenizer: Any, batch_size: int, progress: Progre
             given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
             return tokenizer.encode(string, **given)
 
+        @property
+        def prefix_token_id(self) -> int:
+            begin = tokenizer.bos_token_id
+            return self.eot_token_id if begin is None else begin
+
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             _check_lengths(requests, session.context)
-            order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1] + requests[i][2]), requests[i][1:]))
+            # The last token is only ever predicted, never read, so choices that differ in it alone are read once.
+            readers: dict[tuple[int, ...], list[int]] = {}
+            for index, (_, context, continuation) in enumerate(requests):
+                readers.setdefault((*context, *continuation[:-1]), []).append(index)
+            order = sorted(readers, key=lambda tokens: (-len(tokens), tokens))
             answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-            done, whole = 0, sum(len(request[1]) + len(request[2]) for request in requests)
+            done, whole = 0, sum(map(len, order))
             with torch.inference_mode():
                 for start in range(0, len(order), batch_size):
-                    chosen = [requests[i] for i in order[start : start + batch_size]]
-                    for index, answer in zip(order[start:], self._score(chosen)):
-                        answers[index] = answer
-                    done += sum(len(request[1]) + len(request[2]) for request in chosen)
+                    batch = order[start : start + batch_size]
+                    for tokens, logits in zip(batch, session.logits(_padded(batch))):
+                        for index in readers[tokens]:
+                            answers[index] = self._score(logits[: len(tokens)], requests[index][2])
+                    done += sum(map(len, batch))
                     if progress:
                         progress(done / whole)
             return answers
 
-        def _score(self, batch: list[Any]) -> list[tuple[float, bool]]:
-            # The last token of a sequence is only ever predicted, never read.
-            inputs = [context + continuation[:-1] for _, context, continuation in batch]
-            ids = np.zeros((len(batch), max(map(len, inputs))), np.int64)
-            for row, tokens in enumerate(inputs):
-                ids[row, : len(tokens)] = tokens
-            logits = session.logits(ids)
-            answers = []
-            for row, (_, _, continuation) in enumerate(batch):
-                end = len(inputs[row])
-                scores = torch.log_softmax(logits[row, end - len(continuation) : end].float().cpu(), -1)
-                target = torch.tensor(continuation)
-                likelihood = scores.gather(-1, target[:, None]).sum().item()
-                answers.append((likelihood, bool((scores.argmax(-1) == target).all())))
-            return answers
+        def _score(self, logits: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
+            """(log-likelihood of the continuation, whether it is the greedy one) from the logits of what was read."""
+            scores = torch.log_softmax(logits[-len(continuation) :].float().cpu(), -1)
+            target = torch.tensor(continuation)
+            likelihood = scores.gather(-1, target[:, None]).sum().item()
+            return likelihood, bool((scores.argmax(-1) == target).all())
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
             windows = [(("", ""), [self.prefix_token_id], self.tok_encode(item.args[0])) for item in requests]
@@ -213,6 +214,14 @@ def _adapter(session: Session, tokenizer: Any, batch_size: int, progress: Progre
             return text
 
     return SessionLM()
+
+
+def _padded(sequences: list[tuple[int, ...]]) -> np.ndarray:
+    """Token ids, int64 (sequences, longest), padded on the right."""
+    ids = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, tokens in enumerate(sequences):
+        ids[row, : len(tokens)] = tokens
+    return ids
 
 
 def _check_lengths(requests: Any, context: int | None) -> None:
