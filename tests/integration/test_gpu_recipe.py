@@ -13,7 +13,8 @@ def test_gpu_recipe_runs_on_a_tiny_model(tiny_model: Path, tmp_path: Path) -> No
     recipe = str(shipped.recipes()["llama-3.1-8b-gpu"])
     small = [
         "evaluate={name: small, divergence: {text: xsum-documents, windows: 4, length: 64}, "
-        "tasks: [{task: piqa, limit: 20}, {task: openbookqa, limit: 20}, {task: commonsense_qa_cloze, limit: 20}]}",
+        "tasks: [{task: piqa, limit: 20}, {task: openbookqa, limit: 20}, {task: commonsense_qa_cloze, limit: 20}], "
+        "generation: {text: xsum-documents, prompts: 4, input_tokens: 8, output_tokens: 8}}",
         "variants.int4-gptq.0.quantize.calibrate={source: boolq-passages, samples: 8, length: 64}",
         "benchmark.workload={input_tokens: 16, output_tokens: 8}",
     ]
