@@ -125,7 +125,7 @@ def test_chunked_loss_is_the_dense_one_with_its_gradient(monkeypatch: pytest.Mon
 def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp_path: Path) -> None:
     recipe = yaml.safe_load(tiny_recipe_text)
     rounding = {"quantize": {"scheme": "w4a16", "group_size": 32}}
-    healing = {"text": "calibration-text", "steps": 40, "batch": 4, "length": 16, "learning_rate": 0.005}
+    healing = {"text": "calibration-text", "steps": 20, "batch": 4, "length": 16, "held_out": 4, "learning_rate": 0.005}
     recipe["variants"] = {"int4": [rounding], "int4-healed": [rounding, {"recover": healing}]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     done = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
@@ -134,7 +134,7 @@ def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp
     kl = {name: result["quality"]["metrics"]["kl_mean"]["value"] for name, result in found.items()}
     assert kl["int4-healed"] < kl["int4"]
     assert found["int4-healed"]["candidate"]["weight_bytes"] == found["int4"]["candidate"]["weight_bytes"]
-    assert found["int4-healed"]["checkpoint"]["healing"]["steps"] == 40
+    assert found["int4-healed"]["checkpoint"]["healing"]["steps"] == 20
     recipe["variants"] = {"healed": [{"recover": healing}]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     refused = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
