@@ -206,18 +206,16 @@ def _show_flips(record: Any, candidate: str | None, task: str | None, limit: int
     name = candidate or record.winner
     if name is None:
         raise UsageError("the run has no winner", "name a candidate with --candidate")
-    base = compare_.reference_of(record)
-    if base is None:
-        raise UsageError("the run has no candidate of the base to compare with")
-    found = compare_.compare((record, compare_.find(record, name)), (record, base))
-    tasks = sorted({metric.name.rpartition("/")[0] for metric in found.metrics})
+    theirs = compare_.reference_rows(record)
+    tasks = sorted({row["task"] for row in theirs})
     if task is not None and task not in tasks:
         raise UsageError(f"the run has no task {task!r}", did_you_mean(task, tasks))
-    flips = [flip for flip in found.flips if task in (None, flip.task)]
+    found = compare_.flips_of_candidate(record, compare_.find(record, name), theirs)
+    flips = [flip for flip in found if task in (None, flip.task)]
     if as_json:
         _print_json([flip.model_dump(mode="json") for flip in flips])
     else:
-        click.echo(f"{found.ours} (ours) against {found.theirs} (theirs)\n")
+        click.echo(f"{name} (ours) against the base in transformers (theirs)\n")
         click.echo("\n".join(compare_.format_flips(flips, limit)))
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pennyweight.errors import UsageError, did_you_mean
 from pennyweight.evaluate import estimates
-from pennyweight.evaluate.evidence import Row, read_rows
+from pennyweight.evaluate.evidence import REFERENCE_SAMPLES, SAMPLES_FOLDER, Row, read_rows
 from pennyweight.gate.words import number
 from pennyweight.records import CandidateResult, Interval, Record, RunRecord
 from pennyweight.show import load_run
@@ -87,7 +87,7 @@ def rows_of(record: RunRecord, result: CandidateResult) -> list[Row]:
     """A candidate's answers, from its run's folder. Raises UsageError where they are gone."""
     if result.quality is None:
         raise UsageError(f"{result.id} was not evaluated: {'; '.join(result.verdict.reasons)}")
-    for path in (Path(result.quality.samples_path), Path(record.run_dir) / "samples" / f"{result.id}.jsonl"):
+    for path in (Path(result.quality.samples_path), Path(record.run_dir) / SAMPLES_FOLDER / f"{result.id}.jsonl"):
         if path.is_file():
             return read_rows(path)
     raise UsageError(
@@ -96,11 +96,15 @@ def rows_of(record: RunRecord, result: CandidateResult) -> list[Row]:
     )
 
 
-def reference_of(record: RunRecord) -> CandidateResult | None:
-    """The candidate that quality was compared with."""
-    return next((result for result in record.candidates if result.id == "base@transformers"), None) or next(
-        (result for result in record.candidates if result.variant == "base"), None
-    )
+def reference_rows(record: RunRecord) -> list[Row]:
+    """The base's answers, as quality was compared with them: to every question that any candidate was asked.
+
+    Raises UsageError where they are gone.
+    """
+    path = Path(record.run_dir) / SAMPLES_FOLDER / REFERENCE_SAMPLES
+    if path.is_file():
+        return read_rows(path)
+    raise UsageError(f"the base's answers are gone: there is no {path}", "run the recipe again")
 
 
 def compare(ours: tuple[RunRecord, CandidateResult], theirs: tuple[RunRecord, CandidateResult]) -> Comparison:
@@ -142,24 +146,26 @@ def compare(ours: tuple[RunRecord, CandidateResult], theirs: tuple[RunRecord, Ca
 
 
 def flips_of_run(record: RunRecord) -> dict[str, list[Flip]]:
-    """What each variant's candidate answered otherwise than the base; nothing where the samples are not at hand.
-
-    Only metrics that the gate is on, where it is on any.
-    """
-    base = reference_of(record)
-    if base is None or base.quality is None:
-        return {}
+    """`flips_of_candidate` of every variant's candidate; nothing where the samples are not at hand."""
     found: dict[str, list[Flip]] = {}
     try:
-        theirs = rows_of(record, base)
+        theirs = reference_rows(record)
         for result in record.candidates:
             if result.variant == "base" or result.quality is None:
                 continue
-            ours = rows_of(record, result)
-            found[result.id] = [flip for metric in _gated(record, result) for flip in _flips_of(metric, ours, theirs)]
+            found[result.id] = flips_of_candidate(record, result, theirs)
     except UsageError:
         return {}
     return found
+
+
+def flips_of_candidate(record: RunRecord, result: CandidateResult, theirs: list[Row]) -> list[Flip]:
+    """What a candidate answered otherwise than the base, whose answers are `theirs`.
+
+    Only metrics that the gate is on, where it is on any. Raises UsageError where its answers are gone.
+    """
+    ours = rows_of(record, result)
+    return [flip for metric in _gated(record, result) for flip in _flips_of(metric, ours, theirs)]
 
 
 def _gated(record: RunRecord, result: CandidateResult) -> list[str]:

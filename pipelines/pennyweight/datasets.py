@@ -158,10 +158,9 @@ def question_tokens(tokenizer: Any, path: Path) -> list[np.ndarray]:
 class Overlap(Record):
     """How much of the evaluation is a copy of calibration text."""
 
-    n: int = Field(description="length of the runs compared, in units")
-    unit: str = Field(description="`word` or `token`")
+    n: int = Field(description="tokens in the runs that are compared")
     shared: int = Field(description="different n-grams found on both sides")
-    units: int = Field(description="words or tokens of the evaluation")
+    tokens: int = Field(description="tokens of the evaluation")
     covered: int = Field(description="those of them inside a shared n-gram")
     documents: int = Field(description="documents or windows of the evaluation")
     touched: int = Field(description="those of them with a shared n-gram")
@@ -169,23 +168,8 @@ class Overlap(Record):
 
     @property
     def fraction(self) -> float:
-        """Share of the evaluation's words or tokens that lie in shared n-grams, 0 … 1."""
-        return self.covered / self.units if self.units else 0.0
-
-
-def overlap(calibration: list[str], evaluation: list[str], n: int = OVERLAP_N) -> Overlap:
-    """Runs of `n` words that both sides have, case and punctuation aside."""
-    import numpy as np
-
-    ids: dict[str, int] = {}
-
-    def encode(document: str) -> np.ndarray:
-        words = re.findall(r"\w+", document.lower())
-        return np.fromiter((ids.setdefault(word, len(ids)) for word in words), dtype=np.int64, count=len(words))
-
-    left, right = [encode(document) for document in calibration], [encode(document) for document in evaluation]
-    spelled = list(ids)
-    return _overlap(left, right, n, "word", lambda run: " ".join(spelled[index] for index in run))
+        """Share of the evaluation's tokens that lie in shared n-grams, 0 … 1."""
+        return self.covered / self.tokens if self.tokens else 0.0
 
 
 def token_overlap(
@@ -198,7 +182,26 @@ def token_overlap(
 
     `decode` spells tokens in the example; without it the example says only where the run lies.
     """
-    return _overlap(list(calibration), list(evaluation), n, "token", decode)
+    import numpy as np
+
+    tokens = sum(len(document) for document in evaluation)
+    left, _ = _hashes(calibration, n)
+    right, starts = _hashes(evaluation, n)
+    hits = np.isin(right, left)
+    covered = np.zeros(tokens, dtype=bool)
+    for offset in range(n):
+        covered[starts[hits] + offset] = True
+    lengths = np.array([len(document) for document in evaluation], dtype=np.int64)
+    owner = np.repeat(np.arange(len(evaluation)), lengths)
+    return Overlap(
+        n=n,
+        shared=len(np.unique(right[hits])),
+        tokens=tokens,
+        covered=int(covered.sum()),
+        documents=len(evaluation),
+        touched=len(np.unique(owner[covered])),
+        example=_example(covered, owner, lengths, evaluation, decode) if hits.any() else None,
+    )
 
 
 def refuse_overlap(found: Overlap, name: str) -> None:
@@ -210,46 +213,9 @@ def refuse_overlap(found: Overlap, name: str) -> None:
     if found.fraction > MAX_OVERLAP:
         raise StageError(
             f"{name} calibrates on text that the evaluation uses: {found.fraction:.1%} of the evaluation's "
-            f"{found.unit}s, in {found.touched} of {found.documents} documents; the longest run: {found.example}",
+            f"tokens, in {found.touched} of {found.documents} documents; the longest run: {found.example}",
             "calibrate on another data set than the suite's",
         )
-
-
-def check_no_overlap(calibration: list[str], evaluation: list[str], name: str, n: int = OVERLAP_N) -> Overlap:
-    """`overlap` of two lists of documents, after `refuse_overlap`."""
-    found = overlap(calibration, evaluation, n)
-    refuse_overlap(found, name)
-    return found
-
-
-def _overlap(
-    calibration: list[np.ndarray],
-    evaluation: list[np.ndarray],
-    n: int,
-    unit: str,
-    spell: Callable[[list[int]], str] | None,
-) -> Overlap:
-    import numpy as np
-
-    units = sum(len(document) for document in evaluation)
-    left, _ = _hashes(calibration, n)
-    right, starts = _hashes(evaluation, n)
-    hits = np.isin(right, left)
-    covered = np.zeros(units, dtype=bool)
-    for offset in range(n):
-        covered[starts[hits] + offset] = True
-    lengths = np.array([len(document) for document in evaluation], dtype=np.int64)
-    owner = np.repeat(np.arange(len(evaluation)), lengths)
-    return Overlap(
-        n=n,
-        unit=unit,
-        shared=len(np.unique(right[hits])),
-        units=units,
-        covered=int(covered.sum()),
-        documents=len(evaluation),
-        touched=len(np.unique(owner[covered])),
-        example=_example(covered, owner, lengths, evaluation, spell) if hits.any() else None,
-    )
 
 
 def _hashes(documents: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -290,7 +256,7 @@ def _example(
     evaluation: list[np.ndarray],
     spell: Callable[[list[int]], str] | None,
 ) -> str:
-    """The longest covered run within one document, cut after 20 units."""
+    """The longest covered run within one document, cut after 20 tokens."""
     import numpy as np
 
     positions = np.flatnonzero(covered)

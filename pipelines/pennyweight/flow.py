@@ -19,7 +19,7 @@ from pennyweight import gate, machine, stages
 from pennyweight.benchmark import price_of
 from pennyweight.errors import PennyweightError, RecipeError, StoreError, TrackingError
 from pennyweight.evaluate import estimates
-from pennyweight.evaluate.evidence import write_rows
+from pennyweight.evaluate.evidence import REFERENCE_SAMPLES, SAMPLES_FOLDER, write_rows
 from pennyweight.gate import Look
 from pennyweight.plan import Plan, make_plan
 from pennyweight.progress import Progress, duration, output_to
@@ -40,7 +40,6 @@ from pennyweight.store import Store, digest_of, file_digest
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 LOG_FILE = "run.log"
-SAMPLES_FOLDER = "samples"
 
 
 def run(recipe: Recipe, recipe_path: Path, runs: Path, store: Store, say: Callable[[str], None]) -> RunRecord:
@@ -157,8 +156,13 @@ class Looker:
 
 
 def _write_samples(folder: Path, seen: dict[str, list[Look]]) -> dict[str, Path]:
-    """Each candidate's answers, one file each: what `show`, `compare` and MLflow read."""
+    """Each candidate's answers, one file each, and the reference's to all of their questions.
+
+    `show`, `compare`, the report and MLflow's table read them.
+    """
     (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
+    reference = {(row["task"], row["doc_id"]): row for found in seen.values() for row in found[-1].base.rows}
+    write_rows(list(reference.values()), folder / SAMPLES_FOLDER / REFERENCE_SAMPLES)
     written = {}
     for name, found in seen.items():
         written[name] = folder / SAMPLES_FOLDER / f"{name}.jsonl"

@@ -290,9 +290,11 @@ def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Text
                     if evaluation is None:
                         ref = next(ref for ref in suite.tasks if ref.task == against)
                         evaluation = datasets.question_tokens(_tokenizer(base), data[_task_data(ref)])
-                    return datasets.token_overlap(texts.load(name), evaluation).model_dump(mode="json")
+                    spell = _tokenizer(base).decode
+                    found = datasets.token_overlap(texts.load(name), evaluation, decode=spell)
+                    return found.model_dump(mode="json")
 
-                inputs = {"version": 2, "calibration": texts.digests[name], "evaluation": digest}
+                inputs = {"version": 3, "calibration": texts.digests[name], "evaluation": digest}
                 entry = run.store.get_or_build("overlap", inputs, build)
                 stage.reused &= entry.reused
                 variant, _, index = name.removeprefix("calibration/").rpartition("/")

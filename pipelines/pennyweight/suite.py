@@ -13,6 +13,8 @@ from pennyweight.schema import Name, Section
 PERPLEXITY_METRICS = {"perplexity": False, "perplexity_ratio": False, "nll_delta": False}
 #: Metrics of a suite's `divergence`.
 DIVERGENCE_METRICS = {"kl_mean": False, "kl_p99": False, "kl_p999": False, "top1_agreement": True, **PERPLEXITY_METRICS}
+#: Those that measure how much changed, rather than whether it got worse.
+CHANGE_METRICS = ("kl_mean", "kl_p99", "kl_p999", "top1_agreement")
 #: Metrics of a suite's `generation`, under the name `generation`.
 GENERATION_METRICS = {"surprise": False, "repetition": False}
 GENERATION = "generation"

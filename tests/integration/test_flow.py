@@ -123,6 +123,8 @@ def test_looks_go_on_until_the_gate_is_sure(finished: Path, tmp_path: Path) -> N
     assert task["n"] == 20 * 2 ** (task["look"] - 1)
     assert sure["quality"]["metrics"]["openbookqa/acc"]["n"] == task["n"]
     assert sure["quality"]["metrics"]["generation/surprise"]["n"] == 4
+    reference = (tmp_path / "runs/latest/samples/reference.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["task"] == "openbookqa" for line in reference) == task["n"]  # those of later looks too
     failed = next(result for result in record["candidates"] if result["id"] == "int4-gptq@onnxruntime")
     assert failed["quality"]["metrics"]["openbookqa/acc"]["n"] == 20  # its divergence had failed it already
     looked = [stage for stage in record["stages"] if "look" in stage["subject"] and not stage["reused"]]
@@ -133,7 +135,7 @@ def test_flips_and_comparisons(finished: Path, tmp_path: Path) -> None:
     store, names = finished / "store", ("int4-gptq@onnxruntime", "int8@onnxruntime")
     shown = pennyweight("show", "--candidate", names[0], "--task", "openbookqa", cwd=finished, store=store)
     assert shown.returncode == 0, shown.stderr
-    assert "int4-gptq@onnxruntime (ours) against" in shown.stdout
+    assert "int4-gptq@onnxruntime (ours) against the base" in shown.stdout
     sides = [f"runs/latest:{name}" for name in names]
     compared = pennyweight("compare", *sides, "--json", "--junit", str(tmp_path / "j.xml"), cwd=finished, store=store)
     assert compared.returncode == 0, compared.stderr

@@ -224,31 +224,20 @@ def test_too_little_text_says_how_much_there_is() -> None:
 
 # --- overlap ----------------------------------------------------------------------------------------------------------
 
-PASSAGE = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
 
-
-def test_overlap_ignores_case_and_punctuation() -> None:
-    found = datasets.overlap(["Zero! " + PASSAGE.title()], ["start, " + PASSAGE.replace(" ", ", "), "other words"])
-    assert (found.shared, found.covered, found.units, found.touched, found.documents) == (3, 15, 18, 1, 2)
-    assert found.fraction == 15 / 18
-    assert found.example == f"15 in document 1 from number 2: «{PASSAGE}»"
-
-
-def test_overlap_needs_the_whole_run() -> None:
-    words = PASSAGE.split()
-    assert datasets.overlap([" ".join(words[:12])], [PASSAGE]).shared == 0
-    assert datasets.overlap([" ".join(words[:13])], [PASSAGE]).shared == 1
-    assert datasets.overlap([" ".join(words[:13][::-1])], [PASSAGE]).shared == 0, "order matters"
+def test_overlap_needs_the_whole_run_in_order() -> None:
+    passage = np.arange(15)
+    for calibration, shared in ((passage[:12], 0), (passage[:13], 1), (passage[:13][::-1], 0)):
+        assert datasets.token_overlap([calibration], [passage]).shared == shared
 
 
 def test_overlap_does_not_run_across_documents() -> None:
-    words = PASSAGE.split()
-    halves = [" ".join(words[:7]), " ".join(words[7:])]
-    assert datasets.overlap(halves, [PASSAGE]).shared == 0
-    assert datasets.overlap([PASSAGE], halves).shared == 0
-    assert datasets.overlap([], []) == datasets.Overlap(
-        n=13, unit="word", shared=0, units=0, covered=0, documents=0, touched=0
-    )
+    passage = np.arange(15)
+    halves = [passage[:7], passage[7:]]
+    assert datasets.token_overlap(halves, [passage]).shared == 0
+    assert datasets.token_overlap([passage], halves).shared == 0
+    nothing = datasets.Overlap(n=13, shared=0, tokens=0, covered=0, documents=0, touched=0)
+    assert datasets.token_overlap([], []) == nothing
 
 
 def test_overlap_agrees_with_comparing_every_pair() -> None:
@@ -282,9 +271,3 @@ def test_a_stock_phrase_is_no_leak() -> None:
     found = datasets.token_overlap(calibration, evaluation)
     assert (found.shared, found.fraction) == (4, 0.01)
     datasets.refuse_overlap(found, "int4/0")
-
-
-def test_check_no_overlap_refuses_or_returns_what_it_found() -> None:
-    assert datasets.check_no_overlap([PASSAGE], ["quite another text"], "int4").shared == 0
-    with pytest.raises(StageError, match=r"100.0% of the evaluation's words"):
-        datasets.check_no_overlap([PASSAGE], [PASSAGE], "int4")

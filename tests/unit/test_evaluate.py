@@ -78,7 +78,7 @@ def test_evidence_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_evidence_adds_up() -> None:
     one, other = Evidence({"divergence": scored(4)}, [{"task": "t"}], 1.0), Evidence({"divergence": scored(3)}, [], 2.0)
     both = one.plus(other)
-    assert (both.size("divergence"), both.size("t"), both.seconds) == (7, 1, 3.0)
+    assert (len(both.texts["divergence"].nll), len(both.of_task("t")), both.seconds) == (7, 1, 3.0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -229,6 +229,9 @@ def test_flipped_answers_are_a_table(store: Path, client: Any) -> None:
         row = {"task": "piqa", "doc_id": 7, "doc_hash": "h", "prompt": "Why?", "target": 0, "acc": right}
         row |= {"choices": ["so", "no"], "loglikelihoods": [-2.0 + right, -1.5]}
         Path(result.quality.samples_path).write_text(json.dumps(row) + "\n")
+    samples = Path(record.run_dir) / "samples"
+    samples.mkdir()
+    shutil.copy(record.candidates[0].quality.samples_path, samples / "reference.jsonl")
     log(record)
     (int8,) = [run for run in runs_of(client, "flips") if run.info.run_name == "int8@onnxruntime"]
     table = json.loads(Path(client.download_artifacts(int8.info.run_id, "flips.json")).read_text())

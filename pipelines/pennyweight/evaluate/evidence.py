@@ -17,6 +17,9 @@ from pennyweight.errors import StageError
 
 SAMPLES = "samples.jsonl"
 TOKENS = "tokens.npz"
+#: Folder of a run that holds the answers, a file a candidate, and the file with what they were compared with.
+SAMPLES_FOLDER = "samples"
+REFERENCE_SAMPLES = "reference.jsonl"
 
 Row = dict[str, Any]
 
@@ -57,10 +60,6 @@ class Evidence:
         for name, text in other.texts.items():
             texts[name] = texts[name].plus(text) if name in texts else text
         return Evidence(texts, self.rows + other.rows, self.seconds + other.seconds)
-
-    def size(self, source: str) -> int:
-        """Windows of a text, questions of a task, prompts."""
-        return len(self.texts[source].nll) if source in self.texts else len(self.of_task(source))
 
     def write(self, files: Path) -> None:
         """Raises StageError where a score is not a finite number: nothing can be concluded from it."""

@@ -13,7 +13,7 @@ from pennyweight.records import ConditionResult
 from pennyweight.statistics import Estimate, Mean, MeanOfTasks, PairedTable
 from pennyweight.statistics.power import POWER, detectable, items_needed
 from pennyweight.statistics.sequential import boundaries, inflation
-from pennyweight.suite import DIVERGENCE_METRICS, Condition, source_of
+from pennyweight.suite import CHANGE_METRICS, Condition, source_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Hypothesis:
         self.status: str | None = None
         self.z = 0.0
         self._number_of_tests = sum(len(item.names) if item.combine == "worst" else 1 for item in recipe.gate)
-        self.only_informs = condition.metric in DIVERGENCE_METRICS and not condition.for_every_variant
+        self.only_informs = condition.metric in CHANGE_METRICS and not condition.for_every_variant
         self._higher = recipe.evaluate.metrics()[names[0]]
         self._fractions = (1.0,)
         if recipe.on_inconclusive == "extend":
