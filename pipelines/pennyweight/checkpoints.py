@@ -68,7 +68,7 @@ def describe(folder: Path, origin: str) -> Checkpoint:
     """
     config = read_config(folder)
     files = weight_files(folder)
-    tensors = [tensor for file in files for tensor in read_header(file)]
+    tensors = read_headers(folder)
     quantization = quantization_config(folder)
     packed = bool(quantization) and quantization.get("quant_method") == "compressed-tensors"
     return Checkpoint(
@@ -155,6 +155,11 @@ def read_header(file: Path) -> list[Tensor]:
             f"{file} is {size} bytes, its header says {end}", "it was cut short or changed: fetch it again"
         )
     return tensors
+
+
+def read_headers(folder: Path) -> list[Tensor]:
+    """All tensors of a checkpoint, without their payload. Raises SourceError."""
+    return [tensor for file in weight_files(folder) for tensor in read_header(file)]
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

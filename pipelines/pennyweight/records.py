@@ -20,6 +20,18 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
+class Rounding(Record):
+    """What `quantize` did to a checkpoint, checked on the files that it wrote."""
+
+    backend: str
+    method: str
+    layers: dict[str, int] = Field(description="kind of integers → how many layers have them")
+    reload_difference: float = Field(
+        description="largest |Δ log p| in nats between what was made and what a fresh process loads"
+    )
+    seconds: float
+
+
 class Healing(Record):
     """What `recover` did to a checkpoint."""
 
@@ -43,6 +55,7 @@ class Checkpoint(Record):
     dtype: str = Field(description="dtype of what is not quantized, such as `bfloat16`")
     parameters: int
     origin: str = Field(description="the URI it came from, or the steps that made it from the base")
+    rounding: Rounding | None = Field(None, description="of its last `quantize` step")
     healing: Healing | None = Field(None, description="of its last `recover` step")
 
 

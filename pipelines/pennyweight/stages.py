@@ -340,9 +340,10 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
             report = partial(run.progress.fraction, step.kind, expected=expected)
             context = StepContext(run.device, run.recipe.seed, texts.load(name), base, report)
             with stage.library():
-                healing = kind.run(before, step, context, files)
+                outcome = kind.run(before, step, context, files)
             made = checkpoints.describe(files, origin=" → ".join([base.origin, *done]))
-            return made.model_copy(update={"healing": healing}).model_dump(mode="json")
+            past = {"rounding": before.rounding, "healing": before.healing}
+            return made.model_copy(update=past | {kind.record: outcome}).model_dump(mode="json")
 
         with run.stage(step.kind, variant) as stage:
             entry = run.store.get_or_build("step", inputs, build)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight import recipe as schema
-from pennyweight.records import Checkpoint, Healing
+from pennyweight.records import Checkpoint, Healing, Rounding
 from pennyweight.steps import quantize, recover
 
 
@@ -31,19 +31,26 @@ class StepKind:
     version: int
     """Raised whenever the same settings would give other weights."""
     libraries: tuple[str, ...]
-    run: Callable[[Checkpoint, Any, StepContext, Path], Healing | None]
+    run: Callable[[Checkpoint, Any, StepContext, Path], Rounding | Healing]
     """(checkpoint, settings, context, folder to write the new checkpoint to)"""
+    record: str
+    """Where in the checkpoint's record its report goes."""
     needs_base: bool = False
 
 
 STEPS: dict[str, StepKind] = {
     "quantize": StepKind(
-        version=1,
-        libraries=("llmcompressor", "compressed-tensors", "transformers", "torch"),
+        version=2,
+        libraries=("compressed-tensors", "transformers", "torch"),
         run=quantize.run,
+        record="rounding",
     ),
     "recover": StepKind(
-        version=1, libraries=("compressed-tensors", "transformers", "torch"), run=recover.run, needs_base=True
+        version=2,
+        libraries=("compressed-tensors", "transformers", "torch"),
+        run=recover.run,
+        record="healing",
+        needs_base=True,
     ),
 }
 assert set(STEPS) == set(schema.STEPS)

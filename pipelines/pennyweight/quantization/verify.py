@@ -1,0 +1,91 @@
+"""Proof that a quantized checkpoint is what was meant: its layers, its bytes, and what a fresh process makes of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pennyweight.checkpoints import read_headers
+from pennyweight.errors import StageError
+from pennyweight.quantization.grid import QuantizedLinear
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Tokens that the reloaded checkpoint is compared on.
+PROBE_TOKENS = 64
+#: KL in nats per token, written against reloaded, above which the checkpoint is refused. Low bits may differ between
+#: processes; a wrong integer in one layer shows at ten times this.
+RELOAD_TOLERANCE = 1e-3
+
+
+def check_layers(source: Path, quantized: dict[str, QuantizedLinear]) -> None:
+    """Raise StageError if nothing was quantized, a scale is not a positive number, or a channel that did something in
+    `source` does nothing any more."""
+    import torch
+    from safetensors import safe_open
+
+    if not quantized:
+        raise StageError("the step quantized no layer", "shorten `ignore`, or take another scheme")
+    where = {tensor.name: tensor.file for tensor in read_headers(source)}
+    for name, layer in quantized.items():
+        if not (torch.isfinite(layer.scales).all() and (layer.scales > 0).all()):
+            raise StageError(f"{name} has scales that are not positive numbers", "the base may hold NaN or infinity")
+        file = where.get(f"{name}.weight")
+        if file is None:
+            continue  # a head that was tied, whose weight lies under the embedding's name
+        with safe_open(file, "pt") as tensors:
+            before = tensors.get_tensor(f"{name}.weight")
+        zeros = layer.zeros.repeat_interleave(layer.group_size, dim=1)
+        dead = (layer.integers == zeros).all(1) & (before != 0).any(1)
+        if dead.any():
+            raise StageError(
+                f"{name}: {int(dead.sum())} of {len(dead)} output channels were rounded to nothing",
+                "smaller groups, more bits, or `ignore` this layer",
+            )
+
+
+def check_bytes(files: Path, expected: int) -> None:
+    """Raise StageError unless the tensors written take exactly the bytes that were predicted."""
+    written = sum(tensor.bytes for tensor in read_headers(files))
+    if written != expected:
+        raise StageError(f"the checkpoint's tensors take {written:,} bytes; {expected:,} were predicted")
+
+
+def check_reload(files: Path, model: Any) -> float:
+    """Load the checkpoint in a fresh process and compare its predictions with `model`'s.
+
+    Returns the largest |Δ log p| over all probe positions and tokens, in nats. Raises StageError where it does not load
+    there, or predicts something else.
+    """
+    import numpy as np
+    import torch
+
+    ids = _probe(model.config.get_text_config().vocab_size)
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.from_numpy(ids).to(model.device)).logits.cpu().float(), -1)
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
+        np.save(asked, ids)
+        job = [str(files), str(asked), str(answered), str(model.dtype).removeprefix("torch."), model.device.type]
+        command = [sys.executable, "-m", "pennyweight.quantization.reload", *job]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            print(done.stderr)  # to the run's log
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            raise StageError(f"a fresh process cannot load the checkpoint: {lines[-1] if lines else 'no output'}")
+        found = torch.log_softmax(torch.from_numpy(np.load(answered)), -1)
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    if not kl <= RELOAD_TOLERANCE:
+        raise StageError(f"the checkpoint predicts something else once it is loaded again: KL {kl:.4f} nats per token")
+    return (expected - found).abs().max().item()
+
+
+def _probe(vocabulary: int) -> np.ndarray:
+    """Token ids (1, tokens) from all over the vocabulary."""
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, vocabulary, (1, PROBE_TOKENS))

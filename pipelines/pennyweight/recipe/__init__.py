@@ -1,0 +1,30 @@
+"""The recipe: everything a user can declare, how it is read, and how its errors read.
+
+The command line's help, the docs and `recipes/schema.json` come from these settings. Validation is pure: it reads the
+recipe and the shipped suites, tasks, data pins and prices, and touches nothing else.
+"""
+
+from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
+from pennyweight.recipe.schema import WORKLOADS, Base, Benchmark, DataSource, Recipe, RuntimeName
+from pennyweight.recipe.steps import STEPS, Budget, Calibration, Quantize, Recover, Step, scheme_bits
+
+__all__ = [
+    "SOURCE_SCHEMES",
+    "STEPS",
+    "WORKLOADS",
+    "Base",
+    "Benchmark",
+    "Budget",
+    "Calibration",
+    "DataSource",
+    "Quantize",
+    "Recipe",
+    "Recover",
+    "RuntimeName",
+    "Step",
+    "is_suite",
+    "load_recipe",
+    "load_suite",
+    "scheme_bits",
+    "task_fault",
+]

