@@ -133,6 +133,26 @@ def test_odd_vocabulary_and_zero_points_equal_a_real_checkpoint(bits: int) -> No
     assert sizes.packed_bytes(shape, step(scheme=f"w{bits}a16", symmetric=False)) == {4: 107840, 8: 180704}[bits]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("scheme", ["w3a16", "w4a16", "w8a16"])
+def test_packed_bytes_equal_the_tensors_written(scheme: str, symmetric: bool) -> None:
+    """130 rows of 3-bit zero points end within a word."""
+    import torch
+
+    from pennyweight.quantization import grid, packed
+
+    shape = model_shape(CONFIG | {"vocab_size": 130}, "bfloat16")
+    settings = step(scheme=scheme, symmetric=symmetric, head=scheme.replace("w3", "w4"))
+    expected, itemsize = sizes.dense_bytes(shape), 2
+    for name, (rows, columns, bits) in sizes.quantized_layers(shape, settings).items():
+        weight = torch.rand(rows, columns)
+        chosen = grid.Grid(bits, 32, symmetric)
+        layer = grid.round_to_nearest(weight, *grid.find_scales(weight, chosen, torch.bfloat16), chosen)
+        expected += sum(value.nbytes for value in packed.layer_tensors(name, layer, torch.bfloat16).values())
+        expected -= 0 if name == "lm_head" else rows * columns * itemsize
+    assert sizes.packed_bytes(shape, settings) == expected
+
+
 def test_packed_bytes_equal_what_the_step_writes(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -460,7 +480,7 @@ def test_candidates_that_do_not_fit_together_are_loaded_in_turn(calm: Store, mon
 
 def test_libraries_are_imported_once(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first = make_plan(recipe(), calm).seconds
-    monkeypatch.setattr(plan.job, "IMPORT_SECONDS", constants.IMPORT_SECONDS | {"llmcompressor": 1003.0})
+    monkeypatch.setattr(plan.job, "IMPORT_SECONDS", constants.IMPORT_SECONDS | {"transformers": 1006.0})
     two = {name: [{"quantize": {"scheme": "w4a16", "group_size": 32}}] for name in ("a", "b")}
     assert make_plan(recipe(), calm).seconds - first == pytest.approx(1000)
     assert make_plan(recipe(two), calm).seconds < first + 1100

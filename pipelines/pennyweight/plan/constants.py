@@ -16,7 +16,9 @@ SECONDS_PER_GB = {"convert": 20.0, "round": 15.0, "export": 4.0, "repack": 20.0,
 #: Bytes a second from the network; a guess, and the plan says so.
 DOWNLOAD_BYTES_PER_SECOND = 10e6
 #: Seconds of GPTQ's solve for each weight; its inner loop runs column by column.
-GPTQ_SECONDS_PER_WEIGHT = 3.2e-7
+GPTQ_SECONDS_PER_WEIGHT = 2e-7
+#: Seconds for each weight to search the scales of smallest error.
+SEARCH_SECONDS_PER_WEIGHT = 6e-8
 #: Fraction of the measured rate at which training's products run.
 TRAINING_EFFICIENCY = 0.25
 #: Seconds to compare one logit with the base's: two softmaxes and the divergence.

@@ -15,10 +15,12 @@ from pennyweight.plan.constants import (
     CALIBRATION_BATCH,
     DOWNLOAD_BYTES_PER_SECOND,
     GPTQ_SECONDS_PER_WEIGHT,
+    IMPORT_SECONDS,
     MB,
     PACKING_BYTES,
     PARITY_TOKENS,
     QUESTION_TOKENS,
+    SEARCH_SECONDS_PER_WEIGHT,
     TRACK_SECONDS,
     TRAINING_EFFICIENCY,
     WARM_UP,
@@ -39,7 +41,8 @@ from pennyweight.plan.job import (
 )
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes, onnx_bytes, packed_bytes, quantized_layers
-from pennyweight.recipe import Base, Quantize, Recover
+from pennyweight.quantization.awq import EXPONENTS
+from pennyweight.recipe import CALIBRATED, Base, Quantize, Recover
 from pennyweight.store import RECORD, Store
 
 
@@ -125,11 +128,11 @@ def _steps(job: Job) -> Iterator[StageEstimate]:
 
 def _quantize(job: Job, shape: ModelShape, variant: str, step: Quantize) -> StageEstimate:
     weights = packed_bytes(shape, step)
-    rounding = per_gb("round", dense_bytes(shape))
-    solving = _gptq_seconds(job, step) if step.method == "gptq" else 0.0
+    libraries = ["transformers", *(["llmcompressor"] if step.maker == "llm-compressor" else [])]
+    rounding = job.imports(*libraries) + per_gb("round", dense_bytes(shape)) + _reload_seconds(shape)
+    solving = _calibration_seconds(job, step) if step.method in CALIBRATED else 0.0
     return StageEstimate(
-        stage="quantize", subject=variant,
-        seconds=None if solving is None else job.imports("transformers", "llmcompressor") + rounding + solving,
+        stage="quantize", subject=variant, seconds=None if solving is None else rounding + solving,
         peak_memory_bytes=_quantize_memory(shape, step, weights), disk_bytes=weights, weight_bytes=weights,
         notes=[step.describe()],
     )  # fmt: skip
@@ -155,23 +158,32 @@ def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageE
     )  # fmt: skip
 
 
-def _gptq_seconds(job: Job, step: Quantize) -> float | None:
-    """Two passes of the calibration text, a Hessian for each layer's input (2 · tokens · in²), and the solve."""
+def _reload_seconds(shape: ModelShape) -> float:
+    """The fresh process that loads what was written."""
+    return IMPORT_SECONDS["transformers"] + per_gb("load", dense_bytes(shape))
+
+
+def _calibration_seconds(job: Job, step: Quantize) -> float | None:
+    """Two passes of the calibration text, Σ x xᵀ of each layer's input (2 · tokens · in²), and what the method solves:
+    gptq goes column by column, awq tries its exponents, each a search of scales and a product (2 · out · in²)."""
     assert job.shape and step.calibrate
     if job.measured is None:
         return None
     tokens = step.calibrate.samples * step.calibrate.length
-    dtype = job.compute_dtype("transformers", False)
+    dtype, rate = job.compute_dtype("transformers", False), job.measured.gflops_fp32 * 1e9
     layers = [job.shape.linears[name] for name in quantized_layers(job.shape, step) if name in job.shape.linears]
-    hessians = sum(2 * tokens * columns**2 for _, columns in layers)
+    weights = sum(rows * columns for rows, columns in layers)
     forward = 2 * score_seconds(job, "transformers", dtype, tokens, CALIBRATION_BATCH * step.calibrate.length)
-    hessian = hessians / (job.measured.gflops_fp32 * 1e9)
-    solve = sum(rows * columns for rows, columns in layers) * GPTQ_SECONDS_PER_WEIGHT
-    return forward + hessian + solve
+    moments = sum(2 * tokens * columns**2 for _, columns in layers) / rate
+    search = weights * SEARCH_SECONDS_PER_WEIGHT
+    if step.method == "awq":
+        products = sum(2 * rows * columns**2 for rows, columns in layers) / rate
+        return forward + moments + search + len(EXPONENTS) * (search + products)
+    return forward + moments + search + weights * GPTQ_SECONDS_PER_WEIGHT
 
 
 def _quantize_memory(shape: ModelShape, step: Quantize, weights: int) -> int:
-    """The model and, later, its packed form; before that, gptq's calibration."""
+    """The model and, later, its packed form, and a fresh process that loads it; before that, the calibration."""
     itemsize, dense = ITEMSIZE[shape.dtype], dense_bytes(shape)
     packing = weights // 2 + PACKING_BYTES["quantize"] * _largest(shape, step)
     calibrating = 0
@@ -181,7 +193,8 @@ def _quantize_memory(shape: ModelShape, step: Quantize, weights: int) -> int:
         calibrating = 2 * tokens * shape.hidden * itemsize  # inputs and outputs of the layer at work
         calibrating += batch * (shape.head[0] * itemsize + ACTIVATION_COPIES * shape.intermediate * itemsize)
         calibrating += 3 * 4 * shape.intermediate**2  # a Hessian and its factors
-    return BASELINE_BYTES["quantize"] + dense + max(packing, calibrating)
+    reloading = BASELINE_BYTES["evaluate"] + dense
+    return BASELINE_BYTES["quantize"] + dense + max(packing, calibrating, reloading)
 
 
 def _largest(shape: ModelShape, step: Quantize | None) -> int:
