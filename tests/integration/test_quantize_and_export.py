@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from pennyweight import checkpoints, runtimes
 from pennyweight.errors import StageError
+from pennyweight.quantization.grid import QuantizedLinear
+from pennyweight.quantization.packed import read_quantized
 from pennyweight.recipe import Quantize
 from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import onnxruntime
-from pennyweight.runtimes.gptq_layout import QuantizedLinear, read_quantized
 from pennyweight.steps import StepContext, quantize
 
 WINDOWS = np.random.default_rng(0).integers(0, 512, (8, 32))

@@ -12,9 +12,9 @@ from test_flow import latest, pennyweight
 
 from pennyweight import checkpoints
 from pennyweight.errors import StageError
+from pennyweight.quantization.packed import read_quantized
 from pennyweight.recipe import Quantize, Recover
 from pennyweight.records import Checkpoint
-from pennyweight.runtimes.gptq_layout import read_quantized
 from pennyweight.steps import StepContext, recover
 from pennyweight.steps import quantize as quantize_step
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import machine
 from pennyweight.errors import StageError
+from pennyweight.formats import gptq
+from pennyweight.quantization.grid import QuantizedLinear
 from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import Generation, RuntimeKind
-from pennyweight.runtimes.gptq_layout import QuantizedLinear, rewrite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,12 +41,15 @@ def export(checkpoint: Checkpoint, device: str, files: Path) -> None:
 
     Raises StageError where the builder fails, or where a tensor of the file is not what the checkpoint says.
     """
+    import torch
+
     scratch = files.parent / "scratch"
     scratch.mkdir()
     source, layers = Path(checkpoint.path), {}
     if checkpoint.format == "compressed-tensors":
         source = scratch / "gptq"
-        layers = rewrite(Path(checkpoint.path), source)
+        # In float32 the builder gets back the integers that it is given; it masks the carry of a zero of 0.
+        layers = gptq.write(Path(checkpoint.path), source, torch.float32, "gptq")
     _build(source, layers, device, scratch, files)
     if layers:
         _drop_symmetric_zero_points(files)

@@ -1,0 +1,1 @@
+"""File formats that a checkpoint is exported to, its integers, scales and zeros unchanged. One file a format."""
