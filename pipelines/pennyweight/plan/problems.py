@@ -59,6 +59,7 @@ def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
                 continue
             _check_ignore(path, step, shape, found)
             layers = quantized_layers(shape, step)
+            _check_embedding(path, step, shape, exported, found)
             if layers:
                 _check_groups(path, step, layers, exported, found)
                 if exported:
@@ -73,6 +74,17 @@ def _check_ignore(path: str, step: Quantize, shape: ModelShape, found: Problems)
         if not any(is_ignored(name, [pattern]) for name in names):
             hint = f"a layer here is called {names[0]}" if pattern.startswith("re:") else did_you_mean(pattern, names)
             found.add(f"{path}.ignore.{index}", f"{pattern!r} matches no layer", hint)
+
+
+def _check_embedding(path: str, step: Quantize, shape: ModelShape, exported: bool, found: Problems) -> None:
+    if step.embedding == "none":
+        return
+    if shape.tied and step.head == step.embedding:
+        hint = "remove `head`: a tied head shares the embedding's integers"
+        found.add(f"{path}.head", f"head and embedding are one matrix here, and {step.head} would store it twice", hint)
+    if exported:
+        hint = "remove `embedding`, or take another runtime"
+        found.add(f"{path}.embedding", "onnxruntime's exporter keeps the embedding in floating point", hint)
 
 
 def _check_groups(

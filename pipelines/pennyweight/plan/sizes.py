@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight.recipe import Quantize, scheme_bits
+from pennyweight.recipe import ACTIVATIONS, PER_CHANNEL, Quantize, scheme_bits
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: The exported tensors that are counted are larger than this; scalars and tiny vectors stay inside the graph.
@@ -26,6 +26,7 @@ class ModelShape:
     head: tuple[int, int]
     """(vocabulary, hidden size), the embedding's shape too."""
     head_name: str
+    embedding_name: str
     tied: bool
     """The head is the embedding, transposed."""
     layers: int
@@ -86,6 +87,7 @@ def model_shape(config: dict[str, Any], dtype: str) -> ModelShape:
         others={name: value.numel() for name, value in model.state_dict().items() if name not in matrices},
         head=(head.out_features, head.in_features),
         head_name=names[head],
+        embedding_name=embedding,
         tied=head.weight is model.get_input_embeddings().weight,
         layers=text.num_hidden_layers,
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
@@ -102,6 +104,8 @@ def quantized_layers(shape: ModelShape, step: Quantize) -> dict[str, tuple[int, 
     chosen = {name: (*size, step.bits) for name, size in shape.linears.items() if not is_ignored(name, step.ignore)}
     if step.head != "none":
         chosen[shape.head_name] = (*shape.head, scheme_bits(step.head))
+    if step.embedding != "none":
+        chosen[shape.embedding_name] = (*shape.head, scheme_bits(step.embedding))
     return chosen
 
 
@@ -128,22 +132,33 @@ def dense_bytes(shape: ModelShape) -> int:
 
 
 def packed_bytes(shape: ModelShape, step: Quantize) -> int:
-    """Tensor bytes of a quantized checkpoint in compressed-tensors' `pack-quantized` format.
+    """Tensor bytes of a quantized checkpoint in compressed-tensors' formats.
 
-    Each quantized layer (out, in) in groups of g holds weight_packed, int32 (out, ⌈in·bits/32⌉); weight_scale in the
-    model's dtype (out, in/g); weight_shape, 2 × int64; and where asymmetric weight_zero_point, int32 (⌈out·bits/32⌉,
-    in/g). A tied head that is quantized is stored beside the embedding, which stays as it is.
+    A tied head that is quantized is stored beside the embedding, which stays as it is; a quantized embedding is the tied
+    head too, and is stored once. A quantized KV cache adds a scale for each layer's keys and one for its values.
     """
     itemsize = ITEMSIZE[shape.dtype]
     total = dense_bytes(shape)
     for name, (rows, columns, bits) in quantized_layers(shape, step).items():
-        groups = columns // step.group_size
         if not (name == shape.head_name and shape.tied):
             total -= rows * columns * itemsize
-        total += 4 * rows * ceil_div(columns * bits, 32) + itemsize * rows * groups + 16
-        if not step.symmetric:
-            total += 4 * ceil_div(rows * bits, 32) * groups
-    return total
+        total += layer_bytes(rows, columns, bits, step, itemsize)
+    return total + (0 if step.kv_cache == "none" else 2 * shape.layers * itemsize)
+
+
+def layer_bytes(rows: int, columns: int, bits: int, step: Quantize, itemsize: int) -> int:
+    """Bytes of one quantized layer (out, in), with scales of `itemsize` bytes for groups of g, or for each output.
+
+    Where weights alone are rounded: weight_packed, int32 (out, ⌈in·bits/32⌉); weight_scale (out, in/g); weight_shape,
+    2 × int64; and where asymmetric weight_zero_point, int32 (⌈out·bits/32⌉, in/g). Where activations are rounded too,
+    weight_scale and a byte a weight.
+    """
+    groups = 1 if step.scheme in PER_CHANNEL else columns // step.group_size
+    scales = itemsize * rows * groups
+    if step.scheme in ACTIVATIONS:
+        return rows * columns + scales
+    zeros = 0 if step.symmetric else 4 * ceil_div(rows * bits, 32) * groups
+    return 4 * rows * ceil_div(columns * bits, 32) + scales + 16 + zeros
 
 
 def onnx_bytes(shape: ModelShape, step: Quantize | None, device: str) -> int:

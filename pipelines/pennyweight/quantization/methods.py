@@ -38,6 +38,9 @@ def quantize(
     rounded to nearest, since calibration sees blocks only. Raises StageError where a layer cannot be solved.
     """
     layers: dict[str, QuantizedLinear] = {}
+    embedding = decoder.embedding_name(model)
+    if embedding in grids:  # before the blocks, so that they see what it hands on
+        layers[embedding] = _alone(model.get_submodule(embedding), grids[embedding], settings)
     if settings.method != "rtn":
         assert windows is not None
         count = len(decoder.blocks(model)[1])
@@ -50,16 +53,20 @@ def quantize(
         walk(model, windows, CALIBRATION_BATCH, visit)
     for name, grid in grids.items():
         if name not in layers:
-            module = model.get_submodule(name)
-            search = settings.search if settings.method == "rtn" else "mse"
-            scales, zeros = find_scales(module.weight, grid, settings.dtype, search)
-            layers[name] = round_to_nearest(module.weight, scales, zeros, grid)
-            put(module, layers[name])
+            layers[name] = _alone(model.get_submodule(name), grid, settings)
     return layers
 
 
+def _alone(module: Any, grid: Grid, settings: Settings) -> QuantizedLinear:
+    search = settings.search if settings.method == "rtn" else "mse"
+    scales, zeros = find_scales(module.weight, grid, settings.dtype, search)
+    layer = round_to_nearest(module.weight, scales, zeros, grid)
+    put(module, layer)
+    return layer
+
+
 def put(module: Any, layer: QuantizedLinear) -> None:
-    """Let a linear layer compute with its integers' values."""
+    """Let a linear layer or an embedding compute with its integers' values."""
     module.weight.data = layer.dequantize().to(module.weight.device, module.weight.dtype)
 
 

@@ -94,7 +94,6 @@ def write(source: Path, target: Path, model: Any, layers: dict[str, QuantizedLin
     Tensors that are not quantized keep the dtypes that they have in `source`, and scales take that of their layer.
     """
     import torch
-    from huggingface_hub import save_torch_state_dict
 
     dtypes = {t.name: getattr(torch, DTYPES[t.dtype]) for t in read_headers(source) if t.dtype in DTYPES}
     head, embedding = decoder.head_name(model), decoder.embedding_name(model)
@@ -105,14 +104,22 @@ def write(source: Path, target: Path, model: Any, layers: dict[str, QuantizedLin
         tensors.pop(f"{name}.weight", None)
         known = f"{name}.weight" in dtypes
         tensors |= layer_tensors(name, layer, dtypes[f"{name}.weight" if known else f"{embedding}.weight"])
+    ignore = [name for name in (*decoder.linears(model), head) if name not in layers]
+    write_folder(source, target, tensors, quantization_config(layers, ignore), untied=head in layers)
+
+
+def write_folder(
+    source: Path, target: Path, tensors: dict[str, torch.Tensor], quantization: dict[str, Any], untied: bool
+) -> None:
+    """Write tensors and a config to `target`; what else is in `source` but its weights comes along."""
+    from huggingface_hub import save_torch_state_dict
+
     save_torch_state_dict({name: value.contiguous() for name, value in tensors.items()}, target)
     for path in source.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name not in ("config.json", INDEX):
             shutil.copy(path, target)
-    config = json.loads((source / "config.json").read_text())
-    ignore = [name for name in (*decoder.linears(model), head) if name not in layers]
-    config["quantization_config"] = quantization_config(layers, ignore)
-    if head in layers:
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
+    if untied:
         config["tie_word_embeddings"] = False
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy as np
 
 
 def main() -> None:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from pennyweight import machine
+    from pennyweight.quantization.unpacked import load_model
 
     folder, asked, answered, dtype, device = sys.argv[1:]
     torch.set_num_threads(machine.threads())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+    model = load_model(Path(folder), getattr(torch, dtype)).to(device).eval()
     with torch.no_grad():
         logits = model(torch.from_numpy(np.load(asked)).to(device)).logits
     np.save(answered, logits.cpu().float().numpy())

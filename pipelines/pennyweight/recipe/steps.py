@@ -15,8 +15,10 @@ Backend = Literal["pennyweight", "llm-compressor", "auto-round", "gptqmodel"]
 
 #: Integers for weights alone, a scale for each group of them.
 WEIGHT_ONLY = ("w8a16", "w4a16", "w3a16")
-#: Schemes that round activations too, as they come, and have one scale for each output channel (w4a8: each group).
+#: Schemes that round activations too, as they come.
 ACTIVATIONS = ("w8a8", "w4a8", "fp8")
+#: Schemes with one scale for each output channel instead of each group.
+PER_CHANNEL = ("w8a8", "fp8")
 #: Backend → method → schemes that it makes.
 CAPABILITIES: dict[str, dict[str, tuple[str, ...]]] = {
     "pennyweight": {"rtn": (*WEIGHT_ONLY, "auto"), "gptq": (*WEIGHT_ONLY, "auto"), "awq": WEIGHT_ONLY},
@@ -103,10 +105,14 @@ class Quantize(Section):
     """Layers to leave alone: module names, or `re:` and a regular expression."""
     head: Literal["none", "w8a16", "w4a16"] = "none"
     """Scheme of the output head, left alone by default. A tied head is untied; the embedding stays as it is."""
+    embedding: Literal["none", "w8a16", "w4a16", "w3a16"] = "none"
+    """Scheme of the input embedding. A tied head shares its integers, unless `head` gives it others of its own."""
     calibrate: Calibration | None = None
     """Text for the methods that need it: a data set's name, or `{source, samples, length}`."""
     dampening: float = Field(0.01, gt=0, lt=1)
     """gptq: fraction of the Hessian's mean diagonal added to it."""
+    smoothing: float = Field(0.5, ge=0, le=1)
+    """smoothquant: exponent of the activations' maxima, α in the paper; 1 moves all of their outliers to the weights."""
     kv_cache: Literal["none", "fp8", "int8"] = "none"
     """Scheme of the keys and values that an engine keeps while it generates. Needs calibration text."""
     budget: Budget | None = None
@@ -150,12 +156,18 @@ class Quantize(Section):
             raise ValueError("scheme auto needs a `budget`" if self.scheme == "auto" else "`budget` needs scheme: auto")
         if self.scheme != "auto" and (extra := {"choices", "group_sizes"} & given):
             raise ValueError(f"`{min(extra)}` needs scheme: auto")
-        if self.scheme in ("w8a8", "fp8") and (extra := {"group_size", "symmetric"} & given):
+        if self.scheme in PER_CHANNEL and (extra := {"group_size", "symmetric"} & given):
             raise ValueError(f"{self.scheme} has one scale for each output channel; remove `{min(extra)}`")
+        if self.scheme == "w4a8" and not self.symmetric:
+            raise ValueError("engines multiply w4a8's integers without zero points; remove `symmetric`")
         if self.scheme in ACTIVATIONS and self.head != "none":
             raise ValueError(f"the head of a {self.scheme} checkpoint stays as it is; remove `head`")
+        if "smoothing" in given and self.method != "smoothquant":
+            raise ValueError("`smoothing` needs method: smoothquant")
         if self.scales and self.maker != "pennyweight":
             raise ValueError(f"`scales` is for backend pennyweight; this step is made by {self.maker}")
+        if self.embedding != "none" and self.maker != "pennyweight":
+            raise ValueError(f"{self.maker} leaves the embedding as it is; remove `embedding`")
         return self
 
     @property
@@ -182,12 +194,13 @@ class Quantize(Section):
 
     def describe(self) -> str:
         head = "" if self.head == "none" else f", head {self.head}"
+        embedding = "" if self.embedding == "none" else f", embedding {self.embedding}"
         cache = "" if self.kv_cache == "none" else f", {self.kv_cache} KV cache"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        grid = "" if self.scheme in ("w8a8", "fp8") else f" {kind} g{self.group_size}"
+        grid = "" if self.scheme in PER_CHANNEL else f" {kind} g{self.group_size}"
         scheme = f"{self.scheme} ({self.budget})" if self.budget else self.scheme
         maker = "" if self.maker == "pennyweight" else f" by {self.maker}"
-        return f"quantize {scheme} {self.method}{grid}{head}{cache}{maker}"
+        return f"quantize {scheme} {self.method}{grid}{head}{embedding}{cache}{maker}"
 
 
 class Recover(Section):
@@ -199,31 +212,78 @@ class Recover(Section):
     kind: Literal["recover"] = "recover"
     text: str
     """Name of a text data set to learn on. Must share no text with the evaluation."""
-    steps: int = Field(40, ge=1)
-    """Steps of the optimizer. Each sees text that no other step has seen."""
+    steps: int | None = Field(None, ge=1)
+    """Budget: steps of the optimizer. Where no budget is given, 60."""
+    tokens: int | None = Field(None, ge=1)
+    """Budget: tokens learnt on."""
+    minutes: float | None = Field(None, gt=0)
+    """Budget: time of the training itself. Another run may do other steps in it, and give other weights."""
+    windows: int | None = Field(None, ge=1)
+    """Windows of text to learn on, read again in another order once used up. Left out: as many as the budget of steps or
+    tokens takes, 1,024 where only minutes end it."""
     batch: int = Field(4, ge=1)
     """Windows in a step."""
     length: int = Field(256, ge=16)
     """Tokens in a window."""
     learning_rate: float = Field(0.005, gt=0, lt=1)
-    """Of AdamW, after a warm-up and before a cosine. Scales learn by relative change."""
-    train: list[Literal["scales", "norms"]] = Field(["scales", "norms"], min_length=1)
-    """What learns: the groups' scales, the norms' weights. The integers stay as they are."""
+    """Of AdamW, after a warm-up and before a cosine. A fraction of each scale, and of a norm's mean weight."""
+    train: list[Literal["scales", "norms", "biases", "rounding", "low_rank"]] = Field(["scales", "norms"], min_length=1)
+    """What learns. rounding: every integer may move by one, to what learns best. low_rank: integers move by a product of
+    two thin matrices, rounded, which is merged into them. Without either the integers stay as they are."""
+    rank: int = Field(16, ge=1)
+    """low_rank: inner size of the product."""
+    hidden: float = Field(0.0, ge=0)
+    """Weight in the loss of the last hidden states' relative squared distance from the base's."""
     held_out: int = Field(8, ge=1)
     """Windows that are not learnt on, and decide which state is kept."""
     check_every: int = Field(10, ge=1)
     """Steps between two looks at the held-out windows."""
+    patience: int = Field(3, ge=1)
+    """Looks in a row without a smaller divergence after which it stops."""
     allow_overlap: bool = False
     """Report text that the evaluation uses too, instead of refusing the variant."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_budget(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not {"steps", "tokens", "minutes"} & value.keys():
+            return {**value, "steps": 60}
+        return value
+
+    @model_validator(mode="after")
+    def _moves_integers_one_way(self) -> Recover:
+        if {"rounding", "low_rank"} <= set(self.train):
+            raise ValueError("`rounding` and `low_rank` both move the integers; keep one of them")
+        return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The parts of the budget that are given: steps, tokens, minutes."""
+        given = {"steps": self.steps, "tokens": self.tokens, "minutes": self.minutes}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def most_steps(self) -> int | None:
+        """Steps after which the budget is spent in any case; None where only time ends it."""
+        counted = [] if self.steps is None else [self.steps]
+        counted += [] if self.tokens is None else [-(-self.tokens // (self.batch * self.length))]
+        return min(counted, default=None)
+
+    @property
+    def moves(self) -> Literal["none", "by-one", "low-rank"]:
+        """How integers may move."""
+        return "by-one" if "rounding" in self.train else "low-rank" if "low_rank" in self.train else "none"
+
     @property
     def calibrate(self) -> Calibration:
-        """The text it takes: the held-out windows, then each step's."""
-        windows = self.held_out + self.steps * self.batch
-        return Calibration(source=self.text, samples=windows, length=self.length, allow_overlap=self.allow_overlap)
+        """The text it takes: the held-out windows, then those to learn on."""
+        learnt = self.windows or (1024 if self.most_steps is None else self.most_steps * self.batch)
+        samples = self.held_out + max(learnt, self.batch)
+        return Calibration(source=self.text, samples=samples, length=self.length, allow_overlap=self.allow_overlap)
 
     def describe(self) -> str:
-        return f"recover {' and '.join(self.train)}, {self.steps} steps of {self.batch} × {self.length} tokens"
+        budget = " or ".join(f"{value:,g} {name}" for name, value in self.limits.items())
+        return f"recover {', '.join(self.train)}: {budget} of {self.batch} × {self.length} tokens"
 
 
 Step = Annotated[Quantize | Recover, Field(discriminator="kind")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pennyweight.records import Candidate, Checkpoint
@@ -26,14 +27,14 @@ def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
 class TransformersSession:
     def __init__(self, candidate: Candidate, device: str):
         import torch
-        from transformers import AutoModelForCausalLM
 
         from pennyweight import machine
+        from pennyweight.quantization.unpacked import load_model
 
         if device == "cpu":
             torch.set_num_threads(machine.threads())
         self._device = device
-        self.model: Any = AutoModelForCausalLM.from_pretrained(candidate.path, dtype=getattr(torch, candidate.dtype))
+        self.model: Any = load_model(Path(candidate.path), getattr(torch, candidate.dtype))
         self.model.to(device).eval()
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 

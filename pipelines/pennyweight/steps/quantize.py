@@ -15,6 +15,7 @@ from pennyweight import checkpoints
 from pennyweight.errors import StageError
 from pennyweight.plan.sizes import is_ignored, model_shape, packed_bytes
 from pennyweight.quantization import decoder, methods, packed, verify
+from pennyweight.quantization.bytewise import read_bytewise
 from pennyweight.quantization.grid import Grid
 from pennyweight.recipe import Quantize, scheme_bits
 from pennyweight.records import Checkpoint, Rounding
@@ -41,7 +42,7 @@ def run(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Pat
         model = _quantize(checkpoint, step, context, files)
     else:
         model = _backend(step.maker).run(checkpoint, step, context, files)
-    quantized = packed.read_quantized(files)
+    quantized = packed.read_quantized(files) or read_bytewise(files)
     verify.check_layers(Path(checkpoint.path), quantized)
     shape = model_shape(checkpoints.read_config(Path(checkpoint.path)), checkpoint.dtype)
     verify.check_bytes(files, packed_bytes(shape, step))
@@ -87,6 +88,8 @@ def layer_grids(model: Any, step: Quantize) -> dict[str, Grid]:
     }
     if step.head != "none":
         grids[decoder.head_name(model)] = Grid(scheme_bits(step.head), step.group_size, step.symmetric)
+    if step.embedding != "none":
+        grids[decoder.embedding_name(model)] = Grid(scheme_bits(step.embedding), step.group_size, step.symmetric)
     if not grids:
         raise StageError("nothing is left to quantize", "shorten `ignore`")
     return grids
