@@ -286,6 +286,24 @@ def promote(model: str, version: int | None, as_json: bool) -> int:
 
 
 @main.command()
+@click.argument("source", metavar="RUN[:CANDIDATE]|CHECKPOINT")
+@click.option("--format", "kind", required=True, metavar="FORMAT", help="gguf, gptq, compressed-tensors or onnx.")
+@click.option("--to", "target", required=True, type=click.Path(path_type=Path), metavar="PATH", help="What to write.")
+@json_option
+@friendly
+def export(source: str, kind: str, target: Path, as_json: bool) -> int:
+    """Write a checkpoint (a run's winner by default) as a file for another engine, its integers unchanged."""
+    from pennyweight import formats
+
+    done = formats.export(source, kind, target)
+    if as_json:
+        _print_json(done.model_dump(mode="json"))
+    else:
+        click.echo(done.describe())
+    return 0
+
+
+@main.command()
 @click.option("--port", type=int, default=5000, show_default=True)
 @friendly
 def ui(port: int) -> int:

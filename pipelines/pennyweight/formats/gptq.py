@@ -20,8 +20,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pennyweight.checkpoints import INDEX, read_config, read_tensors
+from pennyweight.checkpoints import DTYPES, INDEX, read_config, read_headers, read_tensors
 from pennyweight.errors import StageError
+from pennyweight.formats.source import integer_layers
 from pennyweight.quantization import packed
 from pennyweight.quantization.grid import QuantizedLinear
 
@@ -29,6 +30,28 @@ if TYPE_CHECKING:
     import torch
 
 Version = Literal["gptq", "gptq_v2"]
+
+
+def export(source: Path, target: Path) -> dict[str, QuantizedLinear]:
+    """Write a checkpoint for GPTQModel, transformers and vLLM. Returns its quantized layers.
+
+    Scales are float16, which all readers take, where that holds them exactly, else what they are in the checkpoint.
+    Raises StageError for a checkpoint that the layout cannot hold.
+    """
+    import torch
+
+    layers = integer_layers(source)
+    if not layers:
+        raise StageError(f"{source} is not quantized", "a plain checkpoint is exported to gguf or onnx")
+    if any(name.endswith("embed_tokens") for name in layers):
+        raise StageError(
+            "the GPTQ layout has no quantized embedding", "export to gguf, or quantize without `embedding`"
+        )
+    stored = next(t.dtype for t in read_headers(source) if t.name.endswith(".weight_scale"))
+    exact = all(torch.equal(layer.scales.half().float(), layer.scales) for layer in layers.values())
+    dtype = torch.float16 if exact else getattr(torch, DTYPES[stored])
+    version: Version = "gptq" if all(layer.symmetric for layer in layers.values()) else "gptq_v2"
+    return write(source, target, dtype, version)
 
 
 def write(source: Path, target: Path, dtype: torch.dtype, version: Version) -> dict[str, QuantizedLinear]:

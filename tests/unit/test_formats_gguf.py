@@ -1,0 +1,146 @@
+"""GGUF's blocks, row orders and vocabularies, against their definitions."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+from pennyweight.errors import StageError
+from pennyweight.formats.gguf import architecture, blocks, engines, vocabulary
+from pennyweight.quantization.grid import QuantizedLinear
+
+HALF = 2.0**-11  # of a float16's last place, relative
+
+
+def layer(bits: int, symmetric: bool = True, group_size: int = 64, scale: float = 0.01) -> QuantizedLinear:
+    draw = torch.Generator().manual_seed(bits)
+    integers = torch.randint(0, 2**bits, (6, 128), generator=draw, dtype=torch.uint8)
+    groups = (6, 128 // group_size)
+    scales = (torch.rand(groups, generator=draw) * scale + scale).bfloat16().float()
+    zeros = torch.full(groups, 2 ** (bits - 1), dtype=torch.uint8)
+    if not symmetric:
+        zeros = torch.randint(0, 2**bits, groups, generator=draw, dtype=torch.uint8)
+    return QuantizedLinear(integers, scales, zeros, bits)
+
+
+def nibble(data: np.ndarray, at: int) -> int:
+    return int(data[at % 16] & 15 if at < 16 else data[at % 16] >> 4)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_symmetric_four_bits_are_q4_0(bits: int, group_size: int) -> None:
+    content = layer(bits, group_size=group_size)
+    made = blocks.from_layer("x", content)
+    assert (made.type, made.change) == ("Q4_0", 0)
+    rows = made.data.reshape(6, 4, 18)
+    for row, block, at in ((0, 0, 0), (2, 1, 15), (3, 2, 16), (5, 3, 31)):
+        scale = rows[row, block, :2].view(np.float16)[0]
+        assert scale == content.scales[row, block * 32 // group_size]
+        expected = content.integers[row, block * 32 + at].int() - 2 ** (bits - 1)
+        assert nibble(rows[row, block, 2:], at) - 8 == expected
+
+
+def test_asymmetric_four_bits_are_q4_1() -> None:
+    content = layer(4, symmetric=False)
+    made = blocks.from_layer("x", content)
+    assert made.type == "Q4_1"
+    assert made.change <= 15 * HALF  # the offset s · z has up to 12 digits, of which float16 keeps 11
+    rows = made.data.reshape(6, 4, 20)
+    for row, block, at in ((0, 0, 0), (2, 1, 15), (3, 2, 16), (5, 3, 31)):
+        scale, offset = rows[row, block, :4].view(np.float16).astype(float)
+        s, z = content.scales[row, block // 2].item(), content.zeros[row, block // 2].item()
+        assert scale == s
+        assert offset == pytest.approx(-s * z, rel=HALF)
+        assert nibble(rows[row, block, 4:], at) == content.integers[row, block * 32 + at]
+
+
+def test_symmetric_eight_bits_are_q8_0() -> None:
+    content = layer(8)
+    made = blocks.from_layer("x", content)
+    assert (made.type, made.change) == ("Q8_0", 0)
+    integers = made.data.reshape(6, 4, 34)[:, :, 2:].copy().view(np.int8).reshape(6, 128)
+    np.testing.assert_array_equal(integers, content.integers.numpy().astype(int) - 128)
+
+
+def test_a_change_is_recorded_in_steps_and_refused_beyond_its_bound() -> None:
+    content = layer(4)
+    odd = content.scales.clone()
+    odd[3, 1] *= 1 + 2**-12  # between two float16 numbers
+    made = blocks.from_layer("x", QuantizedLinear(content.integers, odd, content.zeros, 4))
+    assert 0 < made.change <= 8 * HALF
+    for scale in (1e-9, 1e6):
+        with pytest.raises(StageError, match=r"model\.x: float16.*moves a weight"):
+            blocks.from_layer("model.x", layer(4, scale=scale))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (layer(4, group_size=16), "groups of 16 are no multiple of GGUF's blocks of 32"),
+        (layer(8, symmetric=False), "no blocks of 8-bit integers with zero points"),
+    ],
+)
+def test_what_no_block_holds_is_refused_by_name(content: QuantizedLinear, says: str) -> None:
+    with pytest.raises(StageError, match=says) as caught:
+        blocks.from_layer("model.layers.3.mlp.up_proj", content)
+    assert caught.value.message.startswith("model.layers.3.mlp.up_proj:")
+    assert caught.value.hint
+
+
+def test_rope_pairs_come_to_lie_side_by_side() -> None:
+    config = SimpleNamespace(num_attention_heads=2, num_key_value_heads=1, head_dim=8, hidden_size=16)
+    llama, qwen = architecture.ARCHITECTURES["llama"], architecture.ARCHITECTURES["qwen2"]
+    head = [0, 4, 1, 5, 2, 6, 3, 7]
+    order = architecture.row_order(llama, config, "model.layers.0.self_attn.q_proj.weight")
+    assert order.tolist() == head + [8 + row for row in head]
+    assert architecture.row_order(llama, config, "model.layers.0.self_attn.k_proj.bias").tolist() == head
+    assert architecture.row_order(llama, config, "model.layers.0.self_attn.v_proj.weight") is None
+    assert architecture.row_order(qwen, config, "model.layers.0.self_attn.q_proj.weight") is None
+
+
+def test_an_unknown_architecture_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(StageError, match="models of type mamba") as caught:
+        architecture.of(SimpleNamespace(model_type="mamba"))
+    assert "qwen3" in caught.value.hint
+
+
+def byte_level(*cuts: object, ignore_merges: bool = False) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(False, use_regex=not cuts)])
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([vocabulary.PROBE * 3, "It'S 12345 I'LL don't café\r\n\r\n x = 77777"], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama-bpe"])
+def test_a_split_is_named_by_what_it_does(name: str) -> None:
+    expressions, ignore_merges = vocabulary.SPLITS[name]
+    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    assert vocabulary.split_name(byte_level(*cuts, ignore_merges=ignore_merges)) == name
+
+
+def test_plain_byte_level_splitting_is_that_of_gpt2() -> None:
+    assert vocabulary.split_name(byte_level()) == "gpt-2"
+
+
+def test_single_digits_are_those_of_smollm() -> None:
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    assert vocabulary.split_name(tokenizer) == "smollm"
+
+
+def test_a_split_without_a_name_is_refused() -> None:
+    with pytest.raises(StageError, match="has no name here"):
+        vocabulary.split_name(byte_level(pre_tokenizers.Split(Regex("[aeiou]"), "isolated")))
+
+
+def test_engines_that_read_a_file_wrongly_are_named() -> None:
+    assert "wrong bytes" in engines.unfit("llama", {"F32", "Q4_1"})["OpenVINO GenAI"]
+    assert "does not know" in engines.unfit("gemma2", {"Q8_0"})["OpenVINO GenAI"]
+    assert engines.unfit("qwen3", {"F32", "F16", "Q8_0", "Q4_0"}) == {}
