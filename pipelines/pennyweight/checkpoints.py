@@ -194,10 +194,11 @@ def _parameters(tensors: list[Tensor], config: dict[str, Any]) -> int:
 
 
 def _dtype(tensors: list[Tensor], config: dict[str, Any]) -> str:
-    """The floating dtype that most parameters are in, scales left out; the config's where there is none."""
+    """The floating dtype that most parameters are in, quantized ones and scales left out; the config's where there is
+    none."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        if tensor.dtype in DTYPES and not tensor.name.endswith(_AUXILIARY):
+        if tensor.dtype in DTYPES and not tensor.dtype.startswith("F8") and not tensor.name.endswith(_AUXILIARY):
             sizes[DTYPES[tensor.dtype]] += math.prod(tensor.shape)
     if sizes:
         return max(sorted(sizes), key=sizes.__getitem__)

@@ -100,12 +100,18 @@ def model_shape(config: dict[str, Any], dtype: str) -> ModelShape:
 
 
 def quantized_layers(shape: ModelShape, step: Quantize) -> dict[str, tuple[int, int, int]]:
-    """Layers that a step quantizes: name → (out, in, bits)."""
-    chosen = {name: (*size, step.bits) for name, size in shape.linears.items() if not is_ignored(name, step.ignore)}
+    """Layers that a step quantizes: name → (out, in, bits). With scheme auto those that it may, the widest way."""
+
+    def bits(scheme: str) -> int:
+        return max(width for width in step.choices if width < 16) if scheme == "auto" else scheme_bits(scheme)
+
+    chosen = {
+        name: (*size, bits(step.scheme)) for name, size in shape.linears.items() if not is_ignored(name, step.ignore)
+    }
     if step.head != "none":
-        chosen[shape.head_name] = (*shape.head, scheme_bits(step.head))
+        chosen[shape.head_name] = (*shape.head, bits(step.head))
     if step.embedding != "none":
-        chosen[shape.embedding_name] = (*shape.head, scheme_bits(step.embedding))
+        chosen[shape.embedding_name] = (*shape.head, bits(step.embedding))
     return chosen
 
 
@@ -134,11 +140,14 @@ def dense_bytes(shape: ModelShape) -> int:
 def packed_bytes(shape: ModelShape, step: Quantize) -> int:
     """Tensor bytes of a quantized checkpoint in compressed-tensors' formats.
 
-    A tied head that is quantized is stored beside the embedding, which stays as it is; a quantized embedding is the tied
-    head too, and is stored once. A quantized KV cache adds a scale for each layer's keys and one for its values.
+    A tied head that is quantized is stored beside the embedding, which stays as it is; a quantized embedding is the
+    tied head too, and is stored once. A quantized KV cache adds a scale for each layer's keys and one for its values.
+    With scheme auto it is the most that the budget allows.
     """
     itemsize = ITEMSIZE[shape.dtype]
     total = dense_bytes(shape)
+    if step.budget:
+        return min(total, step.budget.allowed(shape.parameters, total))
     for name, (rows, columns, bits) in quantized_layers(shape, step).items():
         if not (name == shape.head_name and shape.tied):
             total -= rows * columns * itemsize

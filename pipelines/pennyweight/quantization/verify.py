@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight.checkpoints import read_headers
 from pennyweight.errors import StageError
+from pennyweight.quantization.bytewise import ByteLinear
 from pennyweight.quantization.grid import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ PROBE_TOKENS = 64
 RELOAD_TOLERANCE = 1e-3
 
 
-def check_layers(source: Path, quantized: dict[str, QuantizedLinear]) -> None:
-    """Raise StageError if nothing was quantized, a scale is not a positive number, or a channel that did something in
-    `source` does nothing any more."""
+def check_layers(source: Path, quantized: dict[str, QuantizedLinear] | dict[str, ByteLinear]) -> None:
+    """Raise StageError if nothing was quantized, a scale is 0, a number is not finite, or a channel that did something
+    in `source` does nothing any more."""
     import torch
     from safetensors import safe_open
 
@@ -32,15 +33,17 @@ def check_layers(source: Path, quantized: dict[str, QuantizedLinear]) -> None:
         raise StageError("the step quantized no layer", "shorten `ignore`, or take another scheme")
     where = {tensor.name: tensor.file for tensor in read_headers(source)}
     for name, layer in quantized.items():
-        if not (torch.isfinite(layer.scales).all() and (layer.scales > 0).all()):
-            raise StageError(f"{name} has scales that are not positive numbers", "the base may hold NaN or infinity")
+        if not (torch.isfinite(layer.scales).all() and (layer.scales != 0).all()):
+            raise StageError(f"{name} has scales that are 0 or not finite", "the base may hold NaN or infinity")
+        after = layer.dequantize()
+        if not torch.isfinite(after).all():
+            raise StageError(f"{name} has weights that are not finite", "the base may hold NaN or infinity")
         file = where.get(f"{name}.weight")
         if file is None:
             continue  # a head that was tied, whose weight lies under the embedding's name
         with safe_open(file, "pt") as tensors:
             before = tensors.get_tensor(f"{name}.weight")
-        zeros = layer.zeros.repeat_interleave(layer.group_size, dim=1)
-        dead = (layer.integers == zeros).all(1) & (before != 0).any(1)
+        dead = (after == 0).all(1) & (before != 0).any(1)
         if dead.any():
             raise StageError(
                 f"{name}: {int(dead.sum())} of {len(dead)} output channels were rounded to nothing",

@@ -6,10 +6,23 @@ recipe and the shipped suites, tasks, data pins and prices, and touches nothing 
 
 from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
 from pennyweight.recipe.schema import WORKLOADS, Base, Benchmark, DataSource, Recipe, RuntimeName
-from pennyweight.recipe.steps import CALIBRATED, STEPS, Budget, Calibration, Quantize, Recover, Step, scheme_bits
+from pennyweight.recipe.steps import (
+    ACTIVATIONS,
+    CALIBRATED,
+    PER_CHANNEL,
+    STEPS,
+    Budget,
+    Calibration,
+    Quantize,
+    Recover,
+    Step,
+    scheme_bits,
+)
 
 __all__ = [
+    "ACTIVATIONS",
     "CALIBRATED",
+    "PER_CHANNEL",
     "SOURCE_SCHEMES",
     "STEPS",
     "WORKLOADS",

@@ -76,6 +76,17 @@ class Budget(Section):
         return f"{self.bits_per_weight:g} bits a weight" if self.bits_per_weight else f"{self.ratio:.0%} of the bytes"
 
 
+class Search(Section):
+    """Work that goes into an allocation."""
+
+    windows: int = Field(8, ge=1)
+    """Windows of the calibration text that sensitivity is computed on."""
+    held_out: int = Field(4, ge=1)
+    """Windows, others, that divergence is measured on; they calibrate nothing."""
+    trials: int = Field(60, ge=0)
+    """Measurements of divergence that refine the allocation."""
+
+
 class Quantize(Section):
     """Quantize the weights of the decoder's linear layers."""
 
@@ -103,16 +114,18 @@ class Quantize(Section):
     max for rtn, mse for gptq and awq."""
     ignore: list[str] = Field([])
     """Layers to leave alone: module names, or `re:` and a regular expression."""
-    head: Literal["none", "w8a16", "w4a16"] = "none"
+    head: Literal["none", "w8a16", "w4a16", "auto"] = "none"
     """Scheme of the output head, left alone by default. A tied head is untied; the embedding stays as it is."""
-    embedding: Literal["none", "w8a16", "w4a16", "w3a16"] = "none"
+    embedding: Literal["none", "w8a16", "w4a16", "w3a16", "auto"] = "none"
     """Scheme of the input embedding. A tied head shares its integers, unless `head` gives it others of its own."""
     calibrate: Calibration | None = None
     """Text for the methods that need it: a data set's name, or `{source, samples, length}`."""
     dampening: float = Field(0.01, gt=0, lt=1)
     """gptq: fraction of the Hessian's mean diagonal added to it."""
     smoothing: float = Field(0.5, ge=0, le=1)
-    """smoothquant: exponent of the activations' maxima, α in the paper; 1 moves all of their outliers to the weights."""
+    """smoothquant: exponent of the activations' maxima, α in the paper; 1 moves their outliers to the weights whole."""
+    iterations: int = Field(200, ge=1)
+    """autoround: steps of the optimizer in each block."""
     kv_cache: Literal["none", "fp8", "int8"] = "none"
     """Scheme of the keys and values that an engine keeps while it generates. Needs calibration text."""
     budget: Budget | None = None
@@ -121,6 +134,8 @@ class Quantize(Section):
     """auto: bits that a layer may get; 16 leaves it as it is."""
     group_sizes: list[Annotated[int, Field(ge=8)]] = Field([])
     """auto: group sizes that a layer may get. Left out: `group_size` alone."""
+    search: Search = Field(Search())
+    """auto: `{windows, held_out, trials}`."""
 
     @field_validator("calibrate", mode="before")
     @classmethod
@@ -151,10 +166,11 @@ class Quantize(Section):
 
     @model_validator(mode="after")
     def _settings_fit_scheme(self) -> Quantize:
-        given = self.model_fields_set
+        # What differs from its default, so that a resolved recipe, which spells all of them out, can be read again.
+        given = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
         if (self.scheme == "auto") != (self.budget is not None):
             raise ValueError("scheme auto needs a `budget`" if self.scheme == "auto" else "`budget` needs scheme: auto")
-        if self.scheme != "auto" and (extra := {"choices", "group_sizes"} & given):
+        if self.scheme != "auto" and (extra := {"choices", "group_sizes", "search"} & given):
             raise ValueError(f"`{min(extra)}` needs scheme: auto")
         if self.scheme in PER_CHANNEL and (extra := {"group_size", "symmetric"} & given):
             raise ValueError(f"{self.scheme} has one scale for each output channel; remove `{min(extra)}`")
@@ -162,13 +178,35 @@ class Quantize(Section):
             raise ValueError("engines multiply w4a8's integers without zero points; remove `symmetric`")
         if self.scheme in ACTIVATIONS and self.head != "none":
             raise ValueError(f"the head of a {self.scheme} checkpoint stays as it is; remove `head`")
-        if "smoothing" in given and self.method != "smoothquant":
-            raise ValueError("`smoothing` needs method: smoothquant")
+        for key, method in (("smoothing", "smoothquant"), ("iterations", "autoround"), ("dampening", "gptq")):
+            if key in given and self.method != method:
+                raise ValueError(f"`{key}` needs method: {method}")
         if self.scales and self.maker != "pennyweight":
             raise ValueError(f"`scales` is for backend pennyweight; this step is made by {self.maker}")
         if self.embedding != "none" and self.maker != "pennyweight":
             raise ValueError(f"{self.maker} leaves the embedding as it is; remove `embedding`")
         return self
+
+    @model_validator(mode="after")
+    def _allocation_has_something_to_choose(self) -> Quantize:
+        if self.scheme != "auto":
+            if wrong := [key for key in ("head", "embedding") if getattr(self, key) == "auto"]:
+                raise ValueError(f"`{wrong[0]}: auto` needs scheme: auto")
+            return self
+        assert self.calibrate
+        if set(self.choices) == {16}:
+            raise ValueError("choices: 16 alone leaves every layer as it is; add 3, 4 or 8")
+        if self.search.windows + self.search.held_out > self.calibrate.samples:
+            raise ValueError(
+                f"search takes {self.search.windows} + {self.search.held_out} windows of the calibration text, which "
+                f"has {self.calibrate.samples}; raise `calibrate.samples`, or lower `search`"
+            )
+        return self
+
+    @property
+    def candidate_sizes(self) -> list[int]:
+        """Group sizes that a layer may get."""
+        return sorted(set(self.group_sizes)) or [self.group_size]
 
     @property
     def maker(self) -> str:
@@ -197,7 +235,8 @@ class Quantize(Section):
         embedding = "" if self.embedding == "none" else f", embedding {self.embedding}"
         cache = "" if self.kv_cache == "none" else f", {self.kv_cache} KV cache"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        grid = "" if self.scheme in PER_CHANNEL else f" {kind} g{self.group_size}"
+        sizes = "/".join(map(str, self.candidate_sizes))
+        grid = "" if self.scheme in PER_CHANNEL else f" {kind} g{sizes}"
         scheme = f"{self.scheme} ({self.budget})" if self.budget else self.scheme
         maker = "" if self.maker == "pennyweight" else f" by {self.maker}"
         return f"quantize {scheme} {self.method}{grid}{head}{embedding}{cache}{maker}"

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import checkpoints
 from pennyweight.errors import StageError
-from pennyweight.plan.sizes import is_ignored, model_shape, packed_bytes
+from pennyweight.plan.sizes import ModelShape, is_ignored, model_shape, packed_bytes
 from pennyweight.quantization import decoder, methods, packed, verify
+from pennyweight.quantization.allocation import allocate
 from pennyweight.quantization.bytewise import read_bytewise
 from pennyweight.quantization.grid import Grid
 from pennyweight.recipe import Quantize, scheme_bits
-from pennyweight.records import Checkpoint, Rounding
+from pennyweight.records import Allocation, Checkpoint, Rounding
 
 if TYPE_CHECKING:
     from pennyweight.steps import StepContext
@@ -38,19 +39,21 @@ def run(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Pat
 
     begin = time.monotonic()
     torch.manual_seed(context.seed)
+    shape = model_shape(checkpoints.read_config(Path(checkpoint.path)), checkpoint.dtype)
+    allocation = None
     if step.maker == "pennyweight":
-        model = _quantize(checkpoint, step, context, files)
+        model, allocation = _quantize(checkpoint, shape, step, context, files)
     else:
         model = _backend(step.maker).run(checkpoint, step, context, files)
     quantized = packed.read_quantized(files) or read_bytewise(files)
     verify.check_layers(Path(checkpoint.path), quantized)
-    shape = model_shape(checkpoints.read_config(Path(checkpoint.path)), checkpoint.dtype)
-    verify.check_bytes(files, packed_bytes(shape, step))
+    verify.check_bytes(files, allocation.bytes if allocation else packed_bytes(shape, step))
     difference = verify.check_reload(files, model)
     return Rounding(
         backend=step.maker,
         method=step.method,
         layers=Counter(str(layer) for layer in quantized.values()),
+        allocation=allocation,
         reload_difference=difference,
         seconds=time.monotonic() - begin,
     )
@@ -63,20 +66,28 @@ def _backend(name: str) -> Any:
     return importlib.import_module(module)
 
 
-def _quantize(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Path) -> Any:
-    """Our own way. Returns the model that computes what the checkpoint written should compute."""
+def _quantize(
+    checkpoint: Checkpoint, shape: ModelShape, step: Quantize, context: StepContext, files: Path
+) -> tuple[Any, Allocation | None]:
+    """Our own way. Returns the model that computes what the checkpoint written should compute, and who got which bits."""
     import torch
 
     model = decoder.load(checkpoint, context.device)
-    grids = layer_grids(model, step)
+    dtype = getattr(torch, checkpoint.dtype)
+    windows = None if context.calibration is None else torch.from_numpy(context.calibration).to(context.device)
+    allocation = None
+    if step.scheme == "auto":
+        assert windows is not None
+        grids, allocation = allocate(model, shape, step, windows, dtype, context.seed, context.report)
+        windows = windows[: -step.search.held_out]
+    else:
+        grids = layer_grids(model, step)
     if decoder.head_name(model) in grids:
         decoder.untie(model)
-    dtype = getattr(torch, checkpoint.dtype)
     settings = methods.Settings(step.method, step.scale_search, step.dampening, dtype)
-    windows = None if context.calibration is None else torch.from_numpy(context.calibration).to(context.device)
     layers = methods.quantize(model, grids, settings, windows, context.report)
     packed.write(Path(checkpoint.path), files, model, layers)
-    return model
+    return model, allocation
 
 
 def layer_grids(model: Any, step: Quantize) -> dict[str, Grid]:
