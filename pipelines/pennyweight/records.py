@@ -20,12 +20,25 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 
 
+class Allocation(Record):
+    """How many bits each layer got from a budget, and what that costs in nats per token, KL from the base."""
+
+    budget: int = Field(description="bytes that the checkpoint's tensors may take")
+    bytes: int = Field(description="bytes that they do take")
+    layers: dict[str, str] = Field(description="layer → its bits and groups")
+    predicted_kl: float
+    measured_kl: float = Field(description="on held-out windows of the calibration text")
+    uniform_kl: dict[str, float] = Field(description="the same for each choice that fits when all layers get it")
+    trials: int = Field(description="measurements that refined it")
+
+
 class Rounding(Record):
     """What `quantize` did to a checkpoint, checked on the files that it wrote."""
 
     backend: str
     method: str
     layers: dict[str, int] = Field(description="kind of integers → how many layers have them")
+    allocation: Allocation | None = Field(None, description="of scheme auto")
     reload_difference: float = Field(
         description="largest |Δ log p| in nats between what was made and what a fresh process loads"
     )
@@ -37,10 +50,13 @@ class Healing(Record):
 
     steps: int
     tokens: int = Field(description="tokens learnt on")
+    ended_by: str = Field(description="the limit of its budget that was reached, or `patience`")
     trained: int = Field(description="numbers that learnt")
+    moved: int = Field(description="integers that are not what they were")
     kl_before: float = Field(description="nats per token from the base, on text that was not learnt on")
     kl_after: float
     curve: list[tuple[int, float]] = Field(description="(step, held-out KL)")
+    tokens_per_second: float = Field(description="learnt on, looks at the held-out text included")
     seconds: float
 
 

@@ -106,20 +106,42 @@ def test_a_loss_that_is_not_finite_stops(base: Checkpoint, rounded: Checkpoint, 
     assert "step" in caught.value.message
 
 
-def test_chunked_loss_is_the_dense_one_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recover, "CHUNK", 7)
-    torch.manual_seed(0)
-    teacher, heads = torch.randn(40, 16), torch.randn(2, 97, 16)
-    student = torch.randn(40, 16, requires_grad=True)
-    loss = recover.chunked_kl(student, teacher, heads[0], heads[1])
-    (gradient,) = torch.autograd.grad(3 * loss, student)
-    expected = torch.log_softmax(teacher @ heads[1].T, -1)
-    dense = torch.nn.functional.kl_div(
-        torch.log_softmax(student @ heads[0].T, -1), expected, reduction="sum", log_target=True
-    )
-    (known,) = torch.autograd.grad(3 * dense, student)
-    assert loss.item() == pytest.approx(dense.item(), rel=1e-5)
-    assert torch.allclose(gradient, known, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("way", ["rounding", "low_rank"])
+def test_integers_move_only_where_the_recipe_says_so(
+    base: Checkpoint, rounded: Checkpoint, tmp_path: Path, way: str
+) -> None:
+    step = STEP.model_copy(update={"train": ["scales", way], "steps": 20, "learning_rate": 0.02})
+    healing = recover.run(rounded, step, context(base, step), tmp_path)
+    before, after = (read_quantized(Path(path)) for path in (rounded.path, tmp_path))
+    moves = {
+        name: after[name].integers.int() - layer.integers.int() for name, layer in before.items() if name != "lm_head"
+    }
+    assert healing.moved == sum(int((move != 0).sum()) for move in moves.values()) > 0
+    assert torch.equal(before["lm_head"].integers, after["lm_head"].integers)
+    if way == "rounding":
+        assert max(int(move.abs().max()) for move in moves.values()) == 1
+    assert checkpoints.describe(tmp_path, "x").weight_bytes == rounded.weight_bytes
+    assert healing.kl_after < healing.kl_before
+
+
+def test_it_stops_when_the_first_limit_is_reached(base: Checkpoint, rounded: Checkpoint, tmp_path: Path) -> None:
+    by_tokens = STEP.model_copy(update={"steps": 50, "tokens": 3 * 8 * 32})
+    found = recover.run(rounded, by_tokens, context(base, by_tokens), tmp_path)
+    assert (found.ended_by, found.steps, found.tokens) == ("tokens", 3, 768)
+    by_time = STEP.model_copy(update={"steps": None, "minutes": 0.01, "windows": 16})
+    found = recover.run(rounded, by_time, context(base, by_time), tmp_path)
+    assert found.ended_by == "minutes"
+    assert found.steps >= 1
+
+
+def test_it_stops_when_nothing_gets_better_and_keeps_the_best(
+    base: Checkpoint, rounded: Checkpoint, tmp_path: Path
+) -> None:
+    wild = STEP.model_copy(update={"learning_rate": 0.9, "check_every": 2, "patience": 2})
+    found = recover.run(rounded, wild, context(base, wild), tmp_path)
+    assert found.ended_by == "patience"
+    assert found.steps < 60
+    assert found.kl_after == min(kl for _, kl in found.curve) <= found.kl_before
 
 
 def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp_path: Path) -> None:

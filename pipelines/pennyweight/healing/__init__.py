@@ -1,0 +1,1 @@
+"""Healing: a quantized student learns to predict what the base predicts, without changing its size or format."""
