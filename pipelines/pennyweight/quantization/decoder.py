@@ -78,5 +78,11 @@ def untie(model: Any) -> None:
         model.config.tie_word_embeddings = False
 
 
+def tie(model: Any) -> None:
+    """Undo `untie`."""
+    model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = True
+
+
 def _name(model: Any, wanted: Any) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pennyweight import checkpoints
+from pennyweight import checkpoints, machine
 from pennyweight.errors import StageError
 from pennyweight.plan.sizes import ModelShape, is_ignored, model_shape, packed_bytes
 from pennyweight.quantization import decoder, methods, packed, verify
@@ -24,12 +24,8 @@ from pennyweight.records import Allocation, Checkpoint, Rounding
 if TYPE_CHECKING:
     from pennyweight.steps import StepContext
 
-#: Backend → (module that drives it, the package it needs, the extra that has it).
-BACKENDS = {
-    "llm-compressor": ("pennyweight.steps.backends.llmcompressor", "llmcompressor", "llm-compressor"),
-    "auto-round": ("pennyweight.steps.backends.autoround", "auto_round", "auto-round"),
-    "gptqmodel": ("pennyweight.steps.backends.gptqmodel", "gptqmodel", "gpu"),
-}
+#: Backend → the module that drives it.
+BACKENDS = {"llm-compressor": "llmcompressor", "auto-round": "autoround", "gptqmodel": "gptqmodel"}
 
 
 def run(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Path) -> Rounding:
@@ -60,16 +56,16 @@ def run(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Pat
 
 
 def _backend(name: str) -> Any:
-    module, package, extra = BACKENDS[name]
-    if importlib.util.find_spec(package) is None:
-        raise StageError(f"backend {name} is not installed", f"pip install 'pennyweight[{extra}]'")
-    return importlib.import_module(module)
+    package, extra = machine.BACKEND_PACKAGES[name]
+    if machine.installed_version(package) is None:
+        raise StageError(f"{name} is not installed", f"pip install 'pennyweight[{extra}]'")
+    return importlib.import_module(f"pennyweight.steps.backends.{BACKENDS[name]}")
 
 
 def _quantize(
     checkpoint: Checkpoint, shape: ModelShape, step: Quantize, context: StepContext, files: Path
 ) -> tuple[Any, Allocation | None]:
-    """Our own way. Returns the model that computes what the checkpoint written should compute, and who got which bits."""
+    """Our own way. Returns the model that computes what the checkpoint written should, and who got which bits."""
     import torch
 
     model = decoder.load(checkpoint, context.device)
