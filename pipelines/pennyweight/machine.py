@@ -45,9 +45,9 @@ ISA_FLAGS = (
 
 #: Libraries whose versions belong in a record.
 LIBRARIES = (
-    "accelerate", "compressed-tensors", "datasets", "gguf", "gptqmodel", "llmcompressor", "lm-eval", "mlflow", "numpy",
-    "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-gpu", "pennyweight",
-    "safetensors", "tokenizers", "torch", "transformers",
+    "accelerate", "auto-round", "compressed-tensors", "datasets", "gguf", "gptqmodel", "llmcompressor", "lm-eval",
+    "mlflow", "numpy", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-gpu",
+    "pennyweight", "safetensors", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 
 #: Wheels that overwrite each other's files: (for a CPU, for a GPU).
@@ -57,6 +57,13 @@ RIVALS = (("onnxruntime", "onnxruntime-gpu"), ("onnxruntime-genai", "onnxruntime
 RUNTIME_PACKAGES = {
     "transformers": (("torch",), ("transformers",)),
     "onnxruntime": (*RIVALS, ("onnx-ir",)),
+}
+
+#: Backends of quantization that are not part of this package → (what each needs, the extra that has it).
+BACKEND_PACKAGES = {
+    "llm-compressor": ("llmcompressor", "llm-compressor"),
+    "auto-round": ("auto-round", "auto-round"),
+    "gptqmodel": ("gptqmodel", "gpu"),
 }
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")

@@ -295,6 +295,103 @@ def test_a_head_that_the_exporter_cannot_pack(calm: Store, monkeypatch: pytest.M
     ]
 
 
+BACKEND = {"backend": "llm-compressor", "group_size": 32}
+TEXT = {"calibrate": {"source": "wiki", "samples": 2, "length": 32}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ({"scheme": "w8a8"}, "scheme", "onnxruntime cannot load w8a8: it rounds activations"),
+        ({"scheme": "w4a8", "group_size": 32}, "scheme", "onnxruntime cannot load w4a8: it rounds activations"),
+        ({"scheme": "fp8"}, "scheme", "onnxruntime cannot load fp8: it rounds activations"),
+        ({"scheme": "w3a16", "group_size": 32}, "scheme", "onnxruntime computes with 4 and 8 bits, not 3"),
+        (
+            {"scheme": "w8a16", **BACKEND, "kv_cache": "fp8", **TEXT},
+            "kv_cache",
+            "onnxruntime cannot load the scales of a quantized KV cache",
+        ),
+    ],
+    ids=lambda value: value["scheme"] if isinstance(value, dict) else None,
+)
+def test_what_onnxruntime_cannot_load(calm: Store, settings: dict[str, Any], key: str, message: str) -> None:
+    steps = {"a": [{"quantize": settings}]}
+    made = make_plan(recipe(steps), calm)
+    assert problems(made) == [(f"variants.a.0.quantize.{key}", message)]
+    assert "transformers" in made.problems[0].hint
+    assert make_plan(recipe(steps, runtimes=["transformers"]), calm).problems == []
+
+
+def test_notes_say_what_transformers_only_imitates(calm: Store) -> None:
+    steps = {
+        "a": [{"quantize": {"scheme": "fp8", "kv_cache": "fp8", **TEXT}}],
+        "b": [{"quantize": {"scheme": "w4a16", "group_size": 32}}],
+    }
+    notes = make_plan(recipe(steps, runtimes=["transformers"]), calm).notes
+    (fp8,) = [note for note in notes if note.startswith("fp8 in transformers: activations are rounded")]
+    assert "compute capability 8.9" in fp8
+    assert len([note for note in notes if note.startswith("kv_cache in transformers")]) == 1
+    assert not any("w8a8" in note or "w4a8" in note for note in notes)
+    assert not any("in transformers" in note for note in make_plan(recipe(), calm).notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message", "extra"),
+    [
+        ({"scheme": "w8a8"}, "llm-compressor is not installed", "llm-compressor"),
+        (
+            {"scheme": "w4a16", "group_size": 32, "method": "autoround", **TEXT},
+            "auto-round is not installed",
+            "auto-round",
+        ),
+    ],
+)
+def test_a_missing_backend_names_its_extra(
+    calm: Store, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str, extra: str
+) -> None:
+    steps = {"a": [{"quantize": settings}], "b": [{"quantize": {"scheme": "w4a16", "group_size": 32}}]}
+    monkeypatch.setattr(machine, "installed_version", lambda package: None)
+    made = make_plan(recipe(steps, runtimes=["transformers"]), calm)
+    assert problems(made) == [("variants.a.0.quantize", message)]
+    assert (made.problems[0].kind, made.problems[0].hint) == ("machine", f"pip install 'pennyweight[{extra}]'")
+    assert made.missing_extras == [extra]
+
+
+def test_gptqmodel_needs_a_gpu(calm: Store) -> None:
+    settings = {"scheme": "w4a16", "group_size": 32, "method": "gptq", "backend": "gptqmodel", **TEXT}
+    (problem,) = make_plan(recipe({"a": [{"quantize": settings}]}), calm).problems
+    assert (problem.path, problem.kind) == ("variants.a.0.quantize.backend", "machine")
+    assert problem.message == "gptqmodel runs on NVIDIA GPUs, and the device is the CPU"
+    assert problem.hint == "remove `backend`: pennyweight's own gptq runs here"
+
+
+def test_schemes_without_groups_fit_any_width(calm: Store) -> None:
+    """128, the default group, divides neither 96 nor 160."""
+    steps = {name: [{"quantize": {"scheme": name}}] for name in ("w8a8", "fp8")}
+    made = make_plan(recipe(steps, runtimes=["transformers"]), calm)
+    assert made.problems == []
+    per_byte = 2 * (EMBEDDING + NORMS) + 2 * LAYER + 2 * 2 * (2 * 96 + 2 * 32 + 2 * 160 + 96)
+    assert made.weight_bytes("quantize", "w8a8") == made.weight_bytes("quantize", "fp8") == per_byte
+    (problem,) = make_plan(recipe({"a": [{"quantize": {"scheme": "w4a8"}}]}, runtimes=["transformers"]), calm).problems
+    assert problem.hint == "these sizes would do: 8, 16, 32"
+
+
+def test_recover_needs_packed_integers(calm: Store) -> None:
+    steps = {"a": [{"quantize": {"scheme": "w8a8"}}, {"recover": {"text": "wiki", "length": 32}}]}
+    (problem,) = make_plan(recipe(steps, runtimes=["transformers"]), calm).problems
+    assert problem.path == "variants.a.1.recover"
+    assert problem.message == "recover trains the scales of packed integers, which w8a8 has none of"
+
+
+def test_autoround_takes_longer_with_more_iterations(calm: Store) -> None:
+    def seconds(iterations: int) -> float:
+        settings = {"scheme": "w4a16", "group_size": 32, "method": "autoround", "iterations": iterations, **TEXT}
+        return make_plan(recipe({"a": [{"quantize": settings}]}), calm).expected_seconds("quantize", "a")
+
+    each = 3 * 2 * 2 * LAYER * 2 * 32 / (200e9 * constants.TRAINING_EFFICIENCY)
+    assert seconds(1200) - seconds(200) == pytest.approx(1000 * each, rel=1e-6)
+
+
 def test_ignore_must_match_a_layer(calm: Store) -> None:
     ignore = ["model.layers.0.mlp.down_prj", "re:.*experts.*", "re:(", "re:.*k_proj"]
     made = make_plan(recipe({"a": [{"quantize": {"scheme": "w4a16", "group_size": 32, "ignore": ignore}}]}), calm)

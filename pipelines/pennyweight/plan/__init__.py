@@ -16,6 +16,7 @@ from pennyweight.plan.constants import DOWNLOAD_BYTES_PER_SECOND
 from pennyweight.plan.job import Job
 from pennyweight.plan.problems import Problems, check_lengths, check_machine, check_room, check_steps
 from pennyweight.plan.records import Plan, PlanProblem
+from pennyweight.plan.schemes import check_backends, check_runtimes, scheme_notes
 from pennyweight.plan.show import format_bytes, format_plan, format_seconds
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, model_shape
 from pennyweight.plan.stages import estimate_stages
@@ -35,11 +36,12 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     measured = measured_speed(store, device)
     config, notes = _base_config(recipe, store, found)
     shape = _shape(recipe, config, found)
-    missing = check_machine(recipe, device, found)
+    missing = check_machine(recipe, device, found) + check_backends(recipe, device, found)
+    check_runtimes(recipe, found)
     if shape:
         check_steps(recipe, shape, found)
         check_lengths(recipe, shape, found)
-    notes += _notes(device, measured)
+    notes += _notes(device, measured) + scheme_notes(recipe)
     if recipe.on_inconclusive == "extend":
         notes.append("further looks at undecided candidates are not counted: they depend on what is seen")
     job = Job(recipe, store, device, shape, measured)

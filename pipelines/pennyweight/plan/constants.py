@@ -7,7 +7,14 @@ from dataclasses import dataclass
 MB = 10**6
 
 #: Seconds until a library can be used, paid once a process.
-IMPORT_SECONDS = {"transformers": 6.0, "llmcompressor": 3.0, "onnxruntime": 1.0, "lm-eval": 4.0, "mlflow": 4.0}
+IMPORT_SECONDS = {
+    "transformers": 6.0,
+    "llmcompressor": 3.0,
+    "auto-round": 3.0,
+    "onnxruntime": 1.0,
+    "lm-eval": 4.0,
+    "mlflow": 4.0,
+}
 #: Seconds that the ONNX builder's own process takes before it touches the model.
 BUILDER_SECONDS = 9.0
 #: Seconds for a gigabyte of weights, read and written together, by what is done to them. `repack` comes on top of

@@ -8,11 +8,12 @@ from typing import Any
 
 from pennyweight import machine
 from pennyweight.errors import StoreError, did_you_mean
+from pennyweight.plan.allocation import budget_problems
 from pennyweight.plan.constants import BASELINE_BYTES
 from pennyweight.plan.records import Plan, PlanProblem, StageEstimate
 from pennyweight.plan.show import format_bytes
 from pennyweight.plan.sizes import ModelShape, is_ignored, quantized_layers
-from pennyweight.recipe import Quantize, Recipe, Recover
+from pennyweight.recipe import PER_CHANNEL, Quantize, Recipe, Recover
 from pennyweight.store import Store
 
 
@@ -60,10 +61,13 @@ def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
             _check_ignore(path, step, shape, found)
             layers = quantized_layers(shape, step)
             _check_embedding(path, step, shape, exported, found)
+            if layers and step.scheme == "auto":
+                for key, message, hint in budget_problems(shape, step):
+                    found.add(f"{path}.{key}", message, hint)
             if layers:
                 _check_groups(path, step, layers, exported, found)
-                if exported:
-                    _check_rows(path, shape, layers, found)
+                if exported or step.maker == "gptqmodel":
+                    _check_rows(path, step, shape, layers, found)
             else:
                 found.add(path, "quantizes no layer of this model", "shorten `ignore`")
 
@@ -90,6 +94,14 @@ def _check_embedding(path: str, step: Quantize, shape: ModelShape, exported: boo
 def _check_groups(
     path: str, step: Quantize, layers: dict[str, tuple[int, int, int]], exported: bool, found: Problems
 ) -> None:
+    if step.scheme in PER_CHANNEL:
+        return
+    if step.scheme == "auto":
+        for size in step.candidate_sizes if exported else []:
+            if size < 16 or size & (size - 1):
+                message = f"onnxruntime has no groups of {size}: powers of two from 16 on"
+                found.add(f"{path}.group_sizes", message, "take others, or another runtime")
+        return
     size = step.group_size
     choices = group_sizes([columns for _, columns, _ in layers.values()], exported)
     hint = "leave those layers alone with `ignore`"
@@ -104,13 +116,18 @@ def _check_groups(
         found.add(f"{path}.group_size", f"onnxruntime has no groups of {size}: powers of two from 16 on", hint)
 
 
-def _check_rows(path: str, shape: ModelShape, layers: dict[str, tuple[int, int, int]], found: Problems) -> None:
-    """The layout that the ONNX exporter reads packs zero points along a layer's output into 32-bit integers."""
+def _check_rows(
+    path: str, step: Quantize, shape: ModelShape, layers: dict[str, tuple[int, int, int]], found: Problems
+) -> None:
+    """GPTQ's layout, which the ONNX exporter reads and gptqmodel writes, packs zero points along a layer's output into
+    32-bit integers."""
+    maker = "gptqmodel" if step.maker == "gptqmodel" else "onnxruntime's exporter"
     for name, (rows, _, bits) in layers.items():
         if rows * bits % 32:
             key = "head" if name == shape.head_name else "ignore"
-            message = f"onnxruntime's exporter packs {32 // bits} rows at a time, and {name} has {rows}"
-            found.add(f"{path}.{key}", message, "leave it unquantized, or take another runtime")
+            together = 32 // math.gcd(32, bits)
+            message = f"{maker} packs {together} rows at a time, and {name} has {rows}"
+            found.add(f"{path}.{key}", message, "leave it unquantized, or take another backend or runtime")
 
 
 def group_sizes(inputs: list[int], exported: bool) -> list[int]:

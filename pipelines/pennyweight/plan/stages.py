@@ -12,15 +12,11 @@ from pennyweight.plan.constants import (
     BASELINE_BYTES,
     BUILDER_BYTES,
     BUILDER_SECONDS,
-    CALIBRATION_BATCH,
     DOWNLOAD_BYTES_PER_SECOND,
-    GPTQ_SECONDS_PER_WEIGHT,
-    IMPORT_SECONDS,
     MB,
     PACKING_BYTES,
     PARITY_TOKENS,
     QUESTION_TOKENS,
-    SEARCH_SECONDS_PER_WEIGHT,
     TRACK_SECONDS,
     TRAINING_EFFICIENCY,
     WARM_UP,
@@ -39,10 +35,10 @@ from pennyweight.plan.job import (
     task_tokens,
     wave_seconds,
 )
+from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
-from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes, onnx_bytes, packed_bytes, quantized_layers
-from pennyweight.quantization.awq import EXPONENTS
-from pennyweight.recipe import CALIBRATED, Base, Quantize, Recover
+from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes, onnx_bytes, packed_bytes
+from pennyweight.recipe import Base, Quantize, Recover
 from pennyweight.store import RECORD, Store
 
 
@@ -121,21 +117,9 @@ def _steps(job: Job) -> Iterator[StageEstimate]:
             if job.shape is None:
                 yield _unknown(step.kind, variant)
             elif isinstance(step, Quantize):
-                yield _quantize(job, job.shape, variant, step)
+                yield estimate_quantize(job, job.shape, variant, step)
             else:
                 yield _recover(job, job.shape, variant, step)
-
-
-def _quantize(job: Job, shape: ModelShape, variant: str, step: Quantize) -> StageEstimate:
-    weights = packed_bytes(shape, step)
-    libraries = ["transformers", *(["llmcompressor"] if step.maker == "llm-compressor" else [])]
-    rounding = job.imports(*libraries) + per_gb("round", dense_bytes(shape)) + _reload_seconds(shape)
-    solving = _calibration_seconds(job, step) if step.method in CALIBRATED else 0.0
-    return StageEstimate(
-        stage="quantize", subject=variant, seconds=None if solving is None else rounding + solving,
-        peak_memory_bytes=_quantize_memory(shape, step, weights), disk_bytes=weights, weight_bytes=weights,
-        notes=[step.describe()],
-    )  # fmt: skip
 
 
 def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageEstimate:
@@ -156,51 +140,6 @@ def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageE
         peak_memory_bytes=BASELINE_BYTES["recover"] + 4 * 2 * shape.parameters + activations,
         notes=[step.describe()],
     )  # fmt: skip
-
-
-def _reload_seconds(shape: ModelShape) -> float:
-    """The fresh process that loads what was written."""
-    return IMPORT_SECONDS["transformers"] + per_gb("load", dense_bytes(shape))
-
-
-def _calibration_seconds(job: Job, step: Quantize) -> float | None:
-    """Two passes of the calibration text, Σ x xᵀ of each layer's input (2 · tokens · in²), and what the method solves:
-    gptq goes column by column, awq tries its exponents, each a search of scales and a product (2 · out · in²)."""
-    assert job.shape and step.calibrate
-    if job.measured is None:
-        return None
-    tokens = step.calibrate.samples * step.calibrate.length
-    dtype, rate = job.compute_dtype("transformers", False), job.measured.gflops_fp32 * 1e9
-    layers = [job.shape.linears[name] for name in quantized_layers(job.shape, step) if name in job.shape.linears]
-    weights = sum(rows * columns for rows, columns in layers)
-    forward = 2 * score_seconds(job, "transformers", dtype, tokens, CALIBRATION_BATCH * step.calibrate.length)
-    moments = sum(2 * tokens * columns**2 for _, columns in layers) / rate
-    search = weights * SEARCH_SECONDS_PER_WEIGHT
-    if step.method == "awq":
-        products = sum(2 * rows * columns**2 for rows, columns in layers) / rate
-        return forward + moments + search + len(EXPONENTS) * (search + products)
-    return forward + moments + search + weights * GPTQ_SECONDS_PER_WEIGHT
-
-
-def _quantize_memory(shape: ModelShape, step: Quantize, weights: int) -> int:
-    """The model and, later, its packed form, and a fresh process that loads it; before that, the calibration."""
-    itemsize, dense = ITEMSIZE[shape.dtype], dense_bytes(shape)
-    packing = weights // 2 + PACKING_BYTES["quantize"] * _largest(shape, step)
-    calibrating = 0
-    if step.calibrate:
-        batch = CALIBRATION_BATCH * step.calibrate.length
-        tokens = step.calibrate.samples * step.calibrate.length
-        calibrating = 2 * tokens * shape.hidden * itemsize  # inputs and outputs of the layer at work
-        calibrating += batch * (shape.head[0] * itemsize + ACTIVATION_COPIES * shape.intermediate * itemsize)
-        calibrating += 3 * 4 * shape.intermediate**2  # a Hessian and its factors
-    reloading = BASELINE_BYTES["evaluate"] + dense
-    return BASELINE_BYTES["quantize"] + dense + max(packing, calibrating, reloading)
-
-
-def _largest(shape: ModelShape, step: Quantize | None) -> int:
-    """Weights of the largest layer that a step quantizes."""
-    layers = quantized_layers(shape, step) if step else {}
-    return max((rows * columns for rows, columns, _ in layers.values()), default=0)
 
 
 def _exports(job: Job) -> Iterator[StageEstimate]:
@@ -232,7 +171,7 @@ def _export_memory(job: Job, step: Quantize | None, source: int, weights: int) -
     """Beside this process, the builder's: the checkpoint, the file, and the largest layer while it is repacked. After
     it, the parity check: the checkpoint in float32 and its logits."""
     assert job.shape
-    building = BUILDER_BYTES + source + weights + PACKING_BYTES["export"] * _largest(job.shape, step)
+    building = BUILDER_BYTES + source + weights + PACKING_BYTES["export"] * largest_layer(job.shape, step)
     checking = 4 * job.shape.parameters + 3 * 4 * PARITY_TOKENS * job.shape.head[0]
     return BASELINE_BYTES["export"] + max(building, checking)
 

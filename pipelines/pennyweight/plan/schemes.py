@@ -1,0 +1,83 @@
+"""What the backends and runtimes of a recipe cannot do with its schemes, and what its numbers will mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pennyweight import machine
+from pennyweight.plan.problems import Problems
+from pennyweight.recipe import ACTIVATIONS, Quantize, Recipe, Recover
+
+#: Widths of weight-only integers that onnxruntime computes with.
+ONNX_BITS = (4, 8)
+#: Scheme → where its arithmetic is done in hardware.
+HARDWARE = {
+    "w8a8": "NVIDIA GPUs from compute capability 7.5 on and x86 CPUs with VNNI or AMX",
+    "w4a8": "Arm CPUs with int8 dot products and Intel GPUs",
+    "fp8": "NVIDIA GPUs from compute capability 8.9 on",
+}
+
+
+def check_backends(recipe: Recipe, device: str, found: Problems) -> list[str]:
+    """Backends that cannot run here. Returns the extras that are missing."""
+    extras: dict[str, None] = {}
+    for path, step in quantizers(recipe):
+        package, extra = machine.BACKEND_PACKAGES.get(step.maker, (None, None))
+        if step.maker == "gptqmodel" and device != "cuda":
+            hint = "remove `backend`: pennyweight's own gptq runs here"
+            found.add(f"{path}.backend", "gptqmodel runs on NVIDIA GPUs, and the device is the CPU", hint, "machine")
+        elif package and extra and machine.installed_version(package) is None:
+            extras[extra] = None
+            found.add(path, f"{step.maker} is not installed", f"pip install 'pennyweight[{extra}]'", "machine")
+    return list(extras)
+
+
+def check_runtimes(recipe: Recipe, found: Problems) -> None:
+    """Schemes that a runtime of the variants cannot load, and healing that they do not allow."""
+    if "onnxruntime" in recipe.runtimes.variants:
+        for path, step in quantizers(recipe):
+            if step.scheme in ACTIVATIONS:
+                hint = "take runtimes: {variants: [transformers]}; vLLM serves the checkpoint"
+                found.add(f"{path}.scheme", f"onnxruntime cannot load {step.scheme}: it rounds activations", hint)
+            elif step.scheme == "auto":
+                if 3 in step.choices:
+                    found.add(f"{path}.choices", "onnxruntime computes with 4 and 8 bits, not 3", "choices: [4, 8, 16]")
+            elif step.bits not in ONNX_BITS:
+                hint = "take w4a16 or w8a16, or runtimes: {variants: [transformers]}"
+                found.add(f"{path}.scheme", f"onnxruntime computes with 4 and 8 bits, not {step.bits}", hint)
+            if step.kv_cache != "none":
+                hint = "remove `kv_cache`, or take runtimes: {variants: [transformers]}"
+                found.add(f"{path}.kv_cache", "onnxruntime cannot load the scales of a quantized KV cache", hint)
+    for variant, steps in recipe.variants.items():
+        for index, step in enumerate(steps):
+            before = [b for b in steps[:index] if isinstance(b, Quantize) and b.scheme in ACTIVATIONS]
+            if isinstance(step, Recover) and before:
+                message = f"recover trains the scales of packed integers, which {before[0].scheme} has none of"
+                found.add(f"variants.{variant}.{index}.recover", message, "quantize to w8a16, w4a16 or w3a16")
+
+
+def scheme_notes(recipe: Recipe) -> list[str]:
+    """What a reader must know of schemes whose arithmetic the `transformers` runtime only imitates."""
+    if "transformers" not in recipe.runtimes.variants:
+        return []
+    steps = [step for _, step in quantizers(recipe)]
+    notes = [
+        f"{scheme} in transformers: activations are rounded as its arithmetic would and multiplied in floating point, "
+        f"so quality is {scheme}'s and speed is not. Hardware that has it: {HARDWARE[scheme]}"
+        for scheme in ACTIVATIONS
+        if any(step.scheme == scheme for step in steps)
+    ]
+    if any(step.kv_cache != "none" for step in steps):
+        notes.append(
+            "kv_cache in transformers: keys and values are rounded by the checkpoint's scales, and kept in floating point: "
+            "quality is a quantized cache's, memory is not"
+        )
+    return notes
+
+
+def quantizers(recipe: Recipe) -> Iterator[tuple[str, Quantize]]:
+    """(key path, step) of every quantize step."""
+    for variant, steps in recipe.variants.items():
+        for index, step in enumerate(steps):
+            if isinstance(step, Quantize):
+                yield f"variants.{variant}.{index}.quantize", step
