@@ -1,13 +1,27 @@
-"""Allocation's arithmetic: the exact knapsack."""
+"""Bits layer by layer: the exact knapsack, the predictions that it starts from, the measurements that overrule them."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from pennyweight.quantization.allocation import knapsack
+from pennyweight.plan.allocation import allocated_bytes, budget_problems, layer_choices, least_bytes
+from pennyweight.plan.sizes import ModelShape, dense_bytes, model_shape
+from pennyweight.quantization import decoder
+from pennyweight.quantization.allocation import knapsack, sensitivity
+from pennyweight.quantization.allocation.search import Search
+from pennyweight.quantization.allocation.trials import Trials
+from pennyweight.quantization.allocation.units import Unit, alike, place
+from pennyweight.quantization.grid import Grid
+from pennyweight.recipe import Quantize
 
 
 def brute_force(losses: list[list[float]], costs: list[list[int]], budget: int) -> float:
@@ -52,3 +66,150 @@ def test_knapsack_of_a_large_model_is_solved_exactly_in_reasonable_time() -> Non
         ]
     found = knapsack.solve(losses, costs, budget)
     assert sum(loss[at] for loss, at in zip(losses, found)) == pytest.approx(least[budget], rel=1e-12)
+
+
+# --- predictions, and what they are worth ----------------------------------------------------------------------------
+
+CHOICES = (Grid(3, 32), Grid(4, 32), Grid(8, 32), None)
+WINDOWS = torch.from_numpy(np.random.default_rng(0).integers(0, 512, (24, 32)))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def units(model: torch.nn.Module) -> list[Unit]:
+    """What each choice stores is counted in bits a weight, so that budgets are easy to read."""
+    groups = alike(model, list(decoder.linears(model)), WINDOWS[:1])
+    return [Unit(names, *place(model, names[0]), CHOICES, (3, 4, 8, 16)) for names in groups]
+
+
+@pytest.fixture
+def trials(model: torch.nn.Module, units: list[Unit]) -> Iterator[Trials]:
+    made = Trials(model, units, WINDOWS[16:], "max", torch.bfloat16)
+    yield made
+    made.restore()
+
+
+@pytest.fixture(scope="module")
+def predicted(model: torch.nn.Module, units: list[Unit]) -> list[list[float]]:
+    rounder = Trials(model, units, WINDOWS[:1], "max", torch.bfloat16).rounded
+    return sensitivity.predict(model, units, WINDOWS[:16], rounder, seed=0)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(WINDOWS[16:]).logits
+
+
+def test_layers_that_read_one_input_are_one_unit(units: list[Unit]) -> None:
+    parts = [[name.rpartition(".")[2] for name in unit.names] for unit in units]
+    assert parts == 2 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert [(unit.block, unit.kind) for unit in units][4:6] == [(1, "self_attn.q_proj"), (1, "self_attn.o_proj")]
+
+
+def test_predictions_from_one_backward_pass_are_close_to_what_is_measured(
+    units: list[Unit], trials: Trials, predicted: list[list[float]]
+) -> None:
+    pairs = [
+        (row[number], trials.measure({at: CHOICES[number]})) for at, row in enumerate(predicted) for number in range(3)
+    ]
+    assert all(0.6 < guess / seen < 1.6 for guess, seen in pairs)
+    assert all(row[3] == 0 for row in predicted)
+
+
+def test_a_change_in_a_late_block_is_measured_like_the_whole_model(model: torch.nn.Module, trials: Trials) -> None:
+    """Against the divergence of the logits themselves; the model comes back as it was."""
+    base = torch.log_softmax(logits(model), -1)
+    trials.assign([CHOICES[1]] * 8)
+    found = trials.measure({6: None, 7: CHOICES[0]})
+    trials.assign([CHOICES[1]] * 6 + [None, CHOICES[0]])
+    ours = torch.log_softmax(logits(model), -1)
+    assert found == pytest.approx((base.exp() * (base - ours)).sum(-1).mean().item(), abs=1e-6)
+    trials.restore()
+    torch.testing.assert_close(torch.log_softmax(logits(model), -1), base, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [0, 12])
+def test_the_search_is_never_worse_than_uniform_and_keeps_the_budget(
+    units: list[Unit], trials: Trials, predicted: list[list[float]], limit: int
+) -> None:
+    search = Search(trials, units, predicted, capacity=8 * 4, limit=limit)
+    search.run()
+    assert search.bytes(search.best) <= 8 * 4
+    assert search.spent <= limit
+    assert search.kl == min(search.measured.values())
+    assert set(search.uniform()) == {CHOICES[0], CHOICES[1]}
+    assert all(search.kl <= search.measured[tuple(start)] for start in search.uniform().values())
+    assert search.kl == pytest.approx(trials.assign(search.choices(search.best)), abs=1e-6)
+
+
+def test_a_misleading_prediction_is_overruled_by_measurement(units: list[Unit], trials: Trials) -> None:
+    """Losses that call the most sensitive layer harmless: the uniform assignment is kept, or something better."""
+    liar = [[0.0, 0.0, 0.0, 0.0] if at == 0 else [3.0, 2.0, 1.0, 0.0] for at in range(8)]
+    search = Search(trials, units, liar, capacity=8 * 4, limit=0)
+    search.run()
+    lied = search.solve({})
+    assert lied[0] == 0
+    assert search.measured[tuple(lied)] > search.kl == search.measured[tuple(search.uniform()[CHOICES[1]])]
+
+
+# --- the recipe and the plan -----------------------------------------------------------------------------------------
+
+
+def auto(**settings: object) -> Quantize:
+    body = {"scheme": "auto", "calibrate": {"source": "text", "samples": 16}, "group_size": 32}
+    return Quantize.model_validate(body | {"budget": {"bits_per_weight": 5}} | settings)
+
+
+@pytest.fixture(scope="module")
+def shape(tiny_model: Path) -> ModelShape:
+    return model_shape(json.loads((tiny_model / "config.json").read_text()), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"choices": [16]}, "16 alone leaves every layer as it is"),
+        ({"search": {"windows": 14, "held_out": 3}}, r"takes 14 \+ 3 windows of the calibration text, which has 16"),
+        ({"scheme": "w4a16", "method": "gptq", "budget": None, "embedding": "auto"}, "`embedding: auto` needs scheme"),
+    ],
+)
+def test_settings_that_leave_nothing_to_choose(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        auto(**settings)
+
+
+def test_bytes_by_hand(shape: ModelShape) -> None:
+    """A tied embedding of 512 × 128 at 4 bits in groups of 32, and k of 64 × 128 at 8 bits in groups of 64."""
+    chosen = {"model.embed_tokens": (4, 32), "model.layers.0.self_attn.k_proj": (8, 64), "lm_head": None}
+    saved = 512 * 128 * 2 - (512 * 64 + 512 * 4 * 2 + 16) + 64 * 128 * 2 - (64 * 128 + 64 * 2 * 2 + 16)
+    assert allocated_bytes(shape, auto(), chosen) == dense_bytes(shape) - saved
+
+
+def test_a_budget_below_the_smallest_says_what_is_possible(shape: ModelShape) -> None:
+    least = least_bytes(shape, auto())
+    ((key, message, hint),) = budget_problems(shape, auto(budget={"bytes": least - 1}))
+    assert key == "budget"
+    assert f"the smallest checkpoint of these choices takes {least:,}" in message
+    assert f"{least:,} bytes" in hint
+    assert list(budget_problems(shape, auto(budget={"bytes": least}))) == []
+
+
+def test_a_budget_above_everything_says_that_nothing_needs_rounding(shape: ModelShape) -> None:
+    ((key, message, _),) = budget_problems(shape, auto(budget={"ratio": 1.0}))
+    assert key == "budget"
+    assert "nothing needs rounding" in message
+
+
+def test_sizes_that_divide_no_layer_are_refused(shape: ModelShape) -> None:
+    ((key, message, _),) = budget_problems(shape, auto(group_sizes=[48]))
+    assert key == "group_sizes"
+    assert "48 do not divide 128, the input size of model.layers.0.self_attn.q_proj" in message
+    assert layer_choices(shape, auto(group_sizes=[48, 256]))["model.layers.0.mlp.down_proj"] == [
+        (4, 256),
+        (8, 256),
+        None,
+    ]

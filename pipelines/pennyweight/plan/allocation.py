@@ -1,8 +1,8 @@
-"""Bytes of checkpoints whose layers have bits of their own, and the least and the most that a budget can buy."""
+"""Bytes of checkpoints whose layers have bits of their own, and what a budget can buy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes, is_ignored, layer_bytes
@@ -57,13 +57,31 @@ def allocated_bytes(shape: ModelShape, step: Quantize, chosen: Mapping[str, Widt
     return dense_bytes(shape) + changed
 
 
-def byte_limits(shape: ModelShape, step: Quantize) -> tuple[int, int]:
-    """Tensor bytes of the smallest and of the largest checkpoint that scheme auto could make."""
-    limits = []
-    for end in (min, max):
-        chosen = {
-            name: end(choices, key=lambda choice, name=name: choice_bytes(shape, step, name, choice))
-            for name, choices in layer_choices(shape, step).items()
-        }
-        limits.append(allocated_bytes(shape, step, chosen))
-    return limits[0], limits[1]
+def least_bytes(shape: ModelShape, step: Quantize) -> int:
+    """Tensor bytes of the smallest checkpoint that scheme auto could make. Every layer must have a choice."""
+    chosen = {
+        name: min(choices, key=lambda choice, name=name: choice_bytes(shape, step, name, choice))
+        for name, choices in layer_choices(shape, step).items()
+    }
+    return allocated_bytes(shape, step, chosen)
+
+
+def budget_problems(shape: ModelShape, step: Quantize) -> Iterator[tuple[str, str, str]]:
+    """(key, message, hint) of all that is wrong with a step of scheme auto for this model."""
+    assert step.budget
+    shapes, choices = layer_shapes(shape), layer_choices(shape, step)
+    without = [name for name, given in choices.items() if not given or given == [None]]
+    if without:
+        sizes = ", ".join(map(str, step.candidate_sizes))
+        message = f"{sizes} do not divide {shapes[without[0]][1]}, the input size of {without[0]}"
+        yield "group_sizes", message, "add a size that does, or leave that layer alone with `ignore`"
+        return
+    dense, least = dense_bytes(shape), least_bytes(shape, step)
+    budget = step.budget.allowed(shape.parameters, dense)
+    if budget < least:
+        possible = f"{least:,} bytes, {8 * least / shape.parameters:.3f} bits a weight, ratio {least / dense:.4f}"
+        message = f"{budget:,} bytes are allowed, and the smallest checkpoint of these choices takes {least:,}"
+        yield "budget", message, f"what is possible: {possible}; or add smaller `choices` or larger `group_sizes`"
+    elif budget >= dense:
+        message = f"nothing needs rounding: the unquantized checkpoint takes {dense:,} bytes, {budget:,} are allowed"
+        yield "budget", message, "lower `budget`, or leave the step out"
