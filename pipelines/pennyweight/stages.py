@@ -311,7 +311,7 @@ def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Text
 
 def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, texts: Texts) -> Checkpoint:
     """Apply a variant's steps to the base, one after the other."""
-    from pennyweight.steps import STEPS, StepContext
+    from pennyweight.steps import STEPS, StepContext, libraries
 
     checkpoint, done = base, []
     for index, step in enumerate(steps):
@@ -328,7 +328,7 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
             "calibration": texts.digests.get(name),
             "seed": run.recipe.seed,
             "device": run.device,
-            "libraries": runtimes.versions(kind.libraries),
+            "libraries": runtimes.versions(libraries(step)),
             "isa": machine.fingerprint().get("isa"),
             "threads": machine.threads(),
         }

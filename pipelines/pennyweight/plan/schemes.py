@@ -69,7 +69,7 @@ def scheme_notes(recipe: Recipe) -> list[str]:
     ]
     if any(step.kv_cache != "none" for step in steps):
         notes.append(
-            "kv_cache in transformers: keys and values are rounded by the checkpoint's scales, and kept in floating point: "
+            "kv_cache in transformers: keys and values are rounded by the checkpoint's scales and kept in floats: "
             "quality is a quantized cache's, memory is not"
         )
     return notes
