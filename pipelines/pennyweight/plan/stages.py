@@ -30,6 +30,7 @@ from pennyweight.plan.job import (
     divergence_tokens,
     generation_seconds,
     per_gb,
+    rate,
     score_seconds,
     step_of,
     task_tokens,
@@ -126,19 +127,25 @@ def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageE
     """The teacher reads each window once, the student three times over: forward, and twice backward."""
     quantized = step_of(job.recipe, variant)
     weights = packed_bytes(shape, quantized) if quantized else None
+    dtype = job.compute_dtype("transformers", False)
     seconds = None
     if job.measured is not None:
-        learnt = step.steps * step.batch * step.length
-        looked = step.held_out * step.length * (1 + -(-step.steps // step.check_every))
-        operations = 2 * shape.product_weights * (4 * learnt + 2 * looked)
-        rate = job.measured.gflops_bf16 * 1e9 * TRAINING_EFFICIENCY
-        seconds = job.imports("transformers") + per_gb("load", 3 * dense_bytes(shape)) + operations / rate
-    # Teacher, integers, weights made of them, and their gradients, all in bfloat16; activations kept for the way back.
+        speed = rate(job, dtype) * TRAINING_EFFICIENCY[dtype]
+        step_seconds = 8 * shape.product_weights * step.batch * step.length / speed
+        look_seconds = 4 * shape.product_weights * step.held_out * step.length / speed
+        allowed = [] if step.minutes is None else [60 * step.minutes]
+        if step.most_steps is not None:
+            looks = -(-step.most_steps // step.check_every)
+            allowed.append(step.most_steps * step_seconds + looks * look_seconds)
+        loading = job.imports("transformers") + per_gb("load", 3 * dense_bytes(shape))
+        seconds = loading + look_seconds + min(allowed)
+    # Teacher, integers and embedding of the student, and one layer's weights and their gradients at a time.
+    models = 2 * ITEMSIZE[dtype] * shape.parameters
+    places = 5 * 4 * sum(rows * columns for rows, columns in shape.linears.values()) if step.moves == "by-one" else 0
     activations = step.batch * step.length * shape.layers * shape.intermediate * ACTIVATION_COPIES
     return StageEstimate(
         stage="recover", subject=variant, seconds=seconds, disk_bytes=weights, weight_bytes=weights,
-        peak_memory_bytes=BASELINE_BYTES["recover"] + 4 * 2 * shape.parameters + activations,
-        notes=[step.describe()],
+        peak_memory_bytes=BASELINE_BYTES["recover"] + models + places + activations, notes=[step.describe()],
     )  # fmt: skip
 
 
