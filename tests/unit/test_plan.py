@@ -330,7 +330,7 @@ def test_notes_say_what_transformers_only_imitates(calm: Store) -> None:
     notes = make_plan(recipe(steps, runtimes=["transformers"]), calm).notes
     (fp8,) = [note for note in notes if note.startswith("fp8 in transformers: activations are rounded")]
     assert "compute capability 8.9" in fp8
-    assert len([note for note in notes if note.startswith("kv_cache in transformers")]) == 1
+    assert len([note for note in notes if note.startswith("fp8 kv_cache in transformers")]) == 1
     assert not any("w8a8" in note or "w4a8" in note for note in notes)
     assert not any("in transformers" in note for note in make_plan(recipe(), calm).notes)
 

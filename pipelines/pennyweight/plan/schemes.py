@@ -16,6 +16,8 @@ HARDWARE = {
     "w4a8": "Arm CPUs with int8 dot products and Intel GPUs",
     "fp8": "NVIDIA GPUs from compute capability 8.9 on",
 }
+#: Scheme of the KV cache → who keeps one.
+CACHES = {"fp8": "vLLM keeps such a cache", "int8": "vLLM keeps quantized caches in fp8 alone"}
 
 
 def check_backends(recipe: Recipe, device: str, found: Problems) -> list[str]:
@@ -67,11 +69,12 @@ def scheme_notes(recipe: Recipe) -> list[str]:
         for scheme in ACTIVATIONS
         if any(step.scheme == scheme for step in steps)
     ]
-    if any(step.kv_cache != "none" for step in steps):
-        notes.append(
-            "kv_cache in transformers: keys and values are rounded by the checkpoint's scales and kept in floats: "
-            "quality is a quantized cache's, memory is not"
-        )
+    notes += [
+        f"{kind} kv_cache in transformers: keys and values are rounded by the checkpoint's scales and kept in floats, "
+        f"so quality is a quantized cache's and memory is not. {engine}"
+        for kind, engine in CACHES.items()
+        if any(step.kv_cache == kind for step in steps)
+    ]
     return notes
 
 
