@@ -141,6 +141,7 @@ def test_a_split_without_a_name_is_refused() -> None:
 
 
 def test_engines_that_read_a_file_wrongly_are_named() -> None:
-    assert "wrong bytes" in engines.unfit("llama", {"F32", "Q4_1"})["OpenVINO GenAI"]
-    assert "does not know" in engines.unfit("gemma2", {"Q8_0"})["OpenVINO GenAI"]
-    assert engines.unfit("qwen3", {"F32", "F16", "Q8_0", "Q4_0"}) == {}
+    assert "does not know" in engines.unfit("gemma2", {"Q8_0"}, False)["OpenVINO GenAI"]
+    assert "does not read BF16" in engines.unfit("llama", {"Q8_0", "BF16"}, False)["OpenVINO GenAI"]
+    assert set(engines.unfit("llama", {"F16"}, True)) == {"OpenVINO GenAI", "transformers"}
+    assert engines.unfit("qwen3", {"F32", "F16", "Q8_0", "Q4_0", "Q4_1"}, False) == {}

@@ -18,6 +18,7 @@ class Exported(Record):
     largest_change: float = Field(
         description="largest |Δw| in quantization steps; 0 where every integer, scale and zero is the checkpoint's own"
     )
+    largest_rounding: float = Field(0.0, description="largest |Δw| of a matrix that is not quantized")
     unfit: dict[str, str] = Field({}, description="engine that loads the format, but not this file → why")
 
     def describe(self) -> str:
@@ -28,5 +29,7 @@ class Exported(Record):
             lines.append(f"integers as in the checkpoint; float16 scales move weights by {change} of a step at most")
         elif self.quantized:
             lines.append("integers, scales and zeros exactly as in the checkpoint")
+        if self.largest_rounding:
+            lines.append(f"other matrices in float16, which moves weights by {self.largest_rounding:.1g} at most")
         lines += [f"not for {engine}: {why}" for engine, why in self.unfit.items()]
         return "\n".join(lines)

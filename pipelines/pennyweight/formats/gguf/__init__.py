@@ -1,11 +1,12 @@
 """GGUF: one file with weights, sizes and tokenizer, which llama.cpp, OpenVINO GenAI and transformers read.
 
-Quantized layers keep their integers (see `blocks`); norms and biases are float32, other matrices float16 where that
-holds them exactly, else what they are.
+Quantized layers keep their integers (see `blocks`); norms and biases are float32, other matrices float16. Of bfloat16
+that rounds only what lies below 2⁻¹⁴, by less than 2⁻²⁵.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ class Tensor:
     data: np.ndarray
     """Values, or bytes (rows, bytes of a row)."""
     change: float = 0.0
+    """Largest |Δw| of a quantized layer, in quantization steps."""
+    rounding: float = 0.0
+    """Largest |Δw| of a matrix that is not quantized."""
 
 
 def write(source: Path, target: Path) -> Exported:
@@ -73,7 +77,8 @@ def write(source: Path, target: Path) -> Exported:
         tensors=dict(types),
         quantized=len(layers),
         largest_change=max(tensor.change for tensor in tensors.values()),
-        unfit=engines.unfit(kind.name, set(types)),
+        largest_rounding=max(tensor.rounding for tensor in tensors.values()),
+        unfit=engines.unfit(kind.name, set(types), architecture.rope_is_scaled(config)),
     )
 
 
@@ -112,12 +117,15 @@ def _quantized(name: str, layer: Any) -> Tensor:
 
 
 def _plain(values: torch.Tensor, offset: float) -> Tensor:
+    """float32 for a vector; float16 for a matrix, unless that would round float32 or is out of range."""
     import torch
 
     if values.ndim == 1:
         return Tensor("F32", values.float().add(offset).numpy())
-    if torch.equal(values.half().to(values.dtype), values):
-        return Tensor("F16", values.half().numpy())
+    halves = values.half()
+    rounding = (halves.float() - values.float()).abs().max().item()
+    if rounding == 0 or (values.dtype == torch.bfloat16 and math.isfinite(rounding)):
+        return Tensor("F16", halves.numpy(), rounding=rounding)
     if values.dtype == torch.bfloat16:
         return Tensor("BF16", values.contiguous().view(torch.uint8).numpy())
     return Tensor("F32", values.float().numpy())

@@ -89,6 +89,10 @@ def add_metadata(writer: GGUFWriter, architecture: Architecture, config: Any) ->
     _add_rope(writer, architecture, config)
 
 
+def rope_is_scaled(config: Any) -> bool:
+    return _rope(config)["rope_type"] != "default"
+
+
 def rope_factors(config: Any) -> torch.Tensor | None:
     """What each of RoPE's frequencies is divided by, float32 (head size / 2); None where by nothing.
 
