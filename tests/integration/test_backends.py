@@ -26,7 +26,7 @@ from pennyweight.quantization.packed import read_quantized
 from pennyweight.recipe import Quantize
 from pennyweight.records import Candidate
 from pennyweight.steps import StepContext, quantize
-from pennyweight.steps.backends import gptqmodel, llmcompressor
+from pennyweight.steps.backends import autoround, gptqmodel, llmcompressor
 
 WINDOWS = np.random.default_rng(0).integers(0, 512, (8, 32))
 PROBE = np.random.default_rng(1).integers(0, 512, (2, 24))
@@ -61,13 +61,13 @@ def round_to_nearest(base: Path, folder: Path, step: Quantize) -> Path:
     return folder
 
 
-def served(folder: Path) -> torch.Tensor:
-    """What the `transformers` runtime computes, in float32."""
+def load(folder: Path) -> runtimes.Session:
+    """The `transformers` runtime, computing in float32."""
     candidate = Candidate(
         id="x@transformers", variant="x", runtime="transformers", checkpoint=checkpoints.describe(folder, "test"),
         path=str(folder), digest="", bytes=0, weight_bytes=0, dtype="float32",
     )  # fmt: skip
-    return runtimes.get("transformers").load(candidate, "cpu").logits(PROBE)
+    return runtimes.get("transformers").load(candidate, "cpu")
 
 
 def plain(base: Path, folder: Path) -> Any:
@@ -126,7 +126,7 @@ def test_activations_are_rounded_token_by_token_where_quality_is_judged(
 ) -> None:
     folder = make(**settings)
     model = plain(tiny_model, folder)
-    found, weights_only = served(folder), logits(model)
+    found, weights_only = load(folder).logits(PROBE), logits(model)
     with rounded_inputs(model, rounded):
         expected = logits(model)
     assert kl(expected, found) < 1e-7
@@ -165,8 +165,10 @@ def test_autoround_learns_the_rounding(tiny_model: Path, tmp_path: Path, scheme:
     files = {"learnt": tmp_path, "rtn": round_to_nearest(tiny_model, tmp_path / "rtn", Quantize(**settings))}
     step = Quantize(**settings, method="autoround", iterations=10, **TEXT)
     context = StepContext("cpu", 0, calibration=WINDOWS)
-    record = quantize.run(checkpoints.describe(tiny_model, "test"), step, context, tmp_path)
-    assert (record.backend, sum(record.layers.values())) == ("auto-round", 13)
+    autoround.run(checkpoints.describe(tiny_model, "test"), step, context, tmp_path)
+    layers = read_quantized(tmp_path)
+    assert len(layers) == 13
+    assert all(layer.symmetric == symmetric for name, layer in layers.items() if name != "lm_head")
     expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids = torch.from_numpy(WINDOWS)
     with torch.no_grad():
@@ -200,12 +202,23 @@ def test_groups_that_are_not_neighbours_are_refused(tiny_model: Path, tmp_path: 
         gptqmodel.read_layout(theirs, torch.bfloat16)
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "fp8"])
-def test_what_is_written_is_verified(tiny_model: Path, tmp_path: Path, scheme: str) -> None:
-    step = Quantize(scheme=scheme)
-    record = quantize.run(checkpoints.describe(tiny_model, "test"), step, StepContext("cpu", 0), tmp_path)
-    kind = {"w8a8": "8 bits, symmetric", "fp8": "float8"}[scheme]
-    assert record.layers == {f"{kind}, by channel, 8-bit activations": 14}
+AUTOROUND = {"scheme": "w4a16", "method": "autoround", "group_size": 32, "iterations": 1, **TEXT}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({"scheme": "fp8"}, "float8, by channel, 8-bit activations"),
+        (AUTOROUND, "4 bits, symmetric, groups of 32"),
+    ],
+    ids=["fp8", "autoround"],
+)
+def test_what_is_written_is_verified(tiny_model: Path, tmp_path: Path, settings: dict[str, Any], kind: str) -> None:
+    step = Quantize(**settings)
+    context = StepContext("cpu", 0, calibration=WINDOWS if step.calibrate else None)
+    record = quantize.run(checkpoints.describe(tiny_model, "test"), step, context, tmp_path)
+    assert record.backend == step.maker
+    assert record.layers == {kind: 14}
     assert record.reload_difference < 1e-4
 
 
@@ -233,9 +246,13 @@ class RoundingCache(DynamicCache):
 def test_the_kv_cache_is_rounded_where_quality_is_judged(
     tiny_model: Path, make: Callable[..., Path], kind: str, rounded: Callable[..., torch.Tensor]
 ) -> None:
-    folder = make(scheme="w8a16", group_size=32, backend="llm-compressor", kv_cache=kind, calibrate={"source": "text"})
+    folder = make(scheme="w8a16", group_size=32, backend="llm-compressor", kv_cache=kind, **TEXT)
     model = plain(tiny_model, folder)
-    found = served(folder)
+    session = load(folder)
+    found = session.logits(PROBE)
     expected = logits(model, past_key_values=RoundingCache(folder, rounded), use_cache=True)
     assert kl(expected, found) < 1e-7
     assert kl(logits(model), found) > 1e-6
+    wave = session.generate(PROBE[:, :12], 8, stop=True)
+    continued = session.logits(np.concatenate([PROBE[:, :12], wave.tokens], axis=1))
+    np.testing.assert_array_equal(continued[:, 11:-1].argmax(-1).numpy(), wave.tokens)
