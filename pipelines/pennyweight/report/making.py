@@ -1,0 +1,56 @@
+"""How each variant was made: its steps, what was proved of its integers, and how far healing came."""
+
+from __future__ import annotations
+
+from pennyweight.records import Checkpoint, Healing, Rounding, RunRecord
+from pennyweight.report import text
+from pennyweight.report.markup import Html, el
+
+HEAD = ("variant", "steps", "integers", "off after reload", "healing: held-out KL", "time")
+
+
+def variants(record: RunRecord) -> dict[str, Checkpoint]:
+    """Each variant's checkpoint, where a step has said what it did."""
+    found = {result.variant: result.checkpoint for result in record.candidates if result.checkpoint}
+    return {name: made for name, made in found.items() if made.rounding or made.healing}
+
+
+def table(record: RunRecord) -> Html:
+    rows = [el("tr", el("th", name, scope="row"), _cells(made)) for name, made in variants(record).items()]
+    head = el("thead", el("tr", [el("th", name, scope="col", class_="text") for name in HEAD]))
+    return el("div", el("table", head, el("tbody", rows), class_="making"), class_="scroll")
+
+
+def _cells(made: Checkpoint) -> list[Html]:
+    _, *steps = made.origin.split(" → ")
+    seconds = sum(part.seconds for part in (made.rounding, made.healing) if part)
+    return [
+        el("td", [el("div", step) for step in steps], class_="text"),
+        el("td", _integers(made.rounding), class_="text"),
+        el("td", f"{made.rounding.reload_difference:.2g} nats" if made.rounding else text.MISSING, class_="text"),
+        el("td", _healing(made.healing), class_="text"),
+        el("td", text.duration(seconds)),
+    ]
+
+
+def _integers(rounding: Rounding | None) -> list[Html] | str:
+    if rounding is None:
+        return text.MISSING
+    lines = [f"{count} layers: {kind}" for kind, count in rounding.layers.items()]
+    if found := rounding.allocation:
+        uniform = min(found.uniform_kl.values(), default=None)
+        beaten = "" if uniform is None else f"; the best uniform choice {text.number(uniform)}"
+        lines.append(f"{text.size(found.bytes)} of {text.size(found.budget)}")
+        lines.append(f"held-out KL {text.number(found.measured_kl)}{beaten}; {found.trials} trials")
+    return [el("div", line) for line in lines]
+
+
+def _healing(healing: Healing | None) -> list[Html] | str:
+    if healing is None:
+        return text.MISSING
+    moved = f", {healing.moved:,} integers moved" if healing.moved else ""
+    return [
+        el("div", " → ".join(text.number(kl) for _, kl in healing.curve)),
+        el("div", f"{healing.steps} steps, {healing.tokens:,} tokens, ended by {healing.ended_by}{moved}"),
+        el("div", f"{healing.tokens_per_second:.0f} tokens/s"),
+    ]
