@@ -208,7 +208,10 @@ def test_engines_tokenize_as_transformers_does(pieces: bool, tiny_model: Path, t
         assert engine.tokens(text) == ours(text, add_special_tokens=False).input_ids, text
     messages = [{"role": "user", "content": "the old river"}]
     assert engine.chat(messages) == ours.apply_chat_template(messages, tokenize=False)
-    if not pieces:
+    if pieces:
+        with pytest.raises(StageError, match="does not know SentencePiece"):
+            refuse(OPENVINO, written)
+    else:
         for text in TEXTS:
             assert engines.openvino_tokens(Path(written.path), text) == ours(text, add_special_tokens=False).input_ids
 

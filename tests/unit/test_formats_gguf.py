@@ -141,7 +141,13 @@ def test_a_split_without_a_name_is_refused() -> None:
 
 
 def test_engines_that_read_a_file_wrongly_are_named() -> None:
-    assert "does not know" in engines.unfit("gemma2", {"Q8_0"}, False)["OpenVINO GenAI"]
-    assert "does not read BF16" in engines.unfit("llama", {"Q8_0", "BF16"}, False)["OpenVINO GenAI"]
-    assert set(engines.unfit("llama", {"F16"}, True)) == {"OpenVINO GenAI", "transformers"}
-    assert engines.unfit("qwen3", {"F32", "F16", "Q8_0", "Q4_0", "Q4_1"}, False) == {}
+    assert "does not know" in engines.unfit("gemma2", {"Q8_0"}, "qwen2", False)["OpenVINO GenAI"]
+    assert "does not read BF16" in engines.unfit("llama", {"Q8_0", "BF16"}, "qwen2", False)["OpenVINO GenAI"]
+    assert set(engines.unfit("llama", {"F16"}, "llama-bpe", True)) == {"OpenVINO GenAI", "transformers"}
+    assert engines.unfit("qwen3", {"F32", "F16", "Q8_0", "Q4_0", "Q4_1"}, "qwen2", False) == {}
+    assert "SentencePiece" in engines.unfit("llama", {"F16"}, vocabulary.PIECES, False)["OpenVINO GenAI"]
+
+
+def test_words_that_openvino_splits_otherwise_are_noted() -> None:
+    assert engines.notes("smollm") == engines.notes(vocabulary.PIECES) == []
+    assert "token ids, not text" in engines.notes("gpt-2")[0]

@@ -20,6 +20,7 @@ class Exported(Record):
     )
     largest_rounding: float = Field(0.0, description="largest |Δw| of a matrix that is not quantized")
     unfit: dict[str, str] = Field({}, description="engine that loads the format, but not this file → why")
+    notes: list[str] = Field([], description="what a server of the file must know")
 
     def describe(self) -> str:
         lines = [f"{self.path}: {self.bytes:,} bytes, {self.format}"]
@@ -32,4 +33,5 @@ class Exported(Record):
         if self.largest_rounding:
             lines.append(f"other matrices in float16, which moves weights by {self.largest_rounding:.1g} at most")
         lines += [f"not for {engine}: {why}" for engine, why in self.unfit.items()]
+        lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -63,7 +63,7 @@ def write(source: Path, target: Path) -> Exported:
     matrices = Counter(tensor.type for tensor in tensors.values() if tensor.data.ndim > 1)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[matrices.most_common(1)[0][0]]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    vocabulary.add(writer, source, config.vocab_size)
+    split = vocabulary.add(writer, source, config.vocab_size)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.data, raw_dtype=gguf.GGMLQuantizationType[tensor.type])
     writer.write_header_to_file()
@@ -78,7 +78,8 @@ def write(source: Path, target: Path) -> Exported:
         quantized=len(layers),
         largest_change=max(tensor.change for tensor in tensors.values()),
         largest_rounding=max(tensor.rounding for tensor in tensors.values()),
-        unfit=engines.unfit(kind.name, set(types), architecture.rope_is_scaled(config)),
+        unfit=engines.unfit(kind.name, set(types), split, architecture.rope_is_scaled(config)),
+        notes=engines.notes(split),
     )
 
 

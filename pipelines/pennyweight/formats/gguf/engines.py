@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from pennyweight.errors import StageError
 from pennyweight.formats.exported import Exported
+from pennyweight.formats.gguf.vocabulary import PIECES
 
 OPENVINO = "OpenVINO GenAI"
 TRANSFORMERS = "transformers"
 
 
-def unfit(architecture: str, types: set[str], scaled_rope: bool) -> dict[str, str]:
-    """Engines that must not load a file, and why. `architecture` and tensor `types` are GGUF's names."""
+def unfit(architecture: str, types: set[str], split: str, scaled_rope: bool) -> dict[str, str]:
+    """Engines that must not load a file, and why. `architecture`, tensor `types` and `split` are GGUF's names."""
     found = {}
     if architecture not in ("llama", "qwen2", "qwen3"):
         found[OPENVINO] = f"it does not know the architecture {architecture}"
     elif scaled_rope:
         found[OPENVINO] = "it ignores RoPE's scaling, and says nothing"
+    elif split == PIECES:
+        found[OPENVINO] = "it does not know SentencePiece vocabularies"
     elif "BF16" in types:
         found[OPENVINO] = "it does not read BF16"
     if architecture == "gemma":
@@ -27,6 +30,13 @@ def unfit(architecture: str, types: set[str], scaled_rope: bool) -> dict[str, st
     elif scaled_rope:
         found[TRANSFORMERS] = "it ignores RoPE's scaling, and says nothing"
     return found
+
+
+def notes(split: str) -> list[str]:
+    """What a server of the file must know."""
+    if split in (PIECES, "smollm", "qwen2", "llama-bpe"):
+        return []
+    return [f"{OPENVINO} has no rules for words split as {split} does: hand it token ids, not text"]
 
 
 def refuse(engine: str, written: Exported) -> None:

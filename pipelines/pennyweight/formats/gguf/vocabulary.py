@@ -29,14 +29,19 @@ SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
     "llama-bpe": ((_LLAMA3,), True),
     "gpt-2": ((_GPT2,), False),
 }
+#: The name for SentencePiece, which does not split text into words.
+PIECES = "default"
 #: Text that the splits cut differently.
 PROBE = """It's 1234567 o'clock; I'LL pay 1,299.50 — isn't "that" too much?  No!!
 \tdef f(x):\r\n        return {'a': [x**2, -1]}   # naïve café über 東京タワー 2024年 ½ ²
 \n\n   trailing spaces   \n"""
 
 
-def add(writer: GGUFWriter, folder: Path, size: int) -> None:
-    """Write a checkpoint's tokenizer, for an embedding of `size` rows. Raises StageError for one unknown to GGUF."""
+def add(writer: GGUFWriter, folder: Path, size: int) -> str:
+    """Write a checkpoint's tokenizer, for an embedding of `size` rows. Returns the name of how it splits words.
+
+    Raises StageError for a tokenizer that GGUF does not know.
+    """
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
@@ -52,7 +57,8 @@ def add(writer: GGUFWriter, folder: Path, size: int) -> None:
     pieces = "ByteLevel" not in json.dumps(described["pre_tokenizer"])
     tokens, types = _tokens(whole, size, pieces)
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
-    writer.add_tokenizer_pre("default" if pieces else split_name(Tokenizer.from_file(str(path))))
+    split = PIECES if pieces else split_name(Tokenizer.from_file(str(path)))
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if pieces:
@@ -60,6 +66,7 @@ def add(writer: GGUFWriter, folder: Path, size: int) -> None:
     else:
         writer.add_token_merges([" ".join(pair) for pair in merges])
     _add_special(writer, whole, pieces)
+    return split
 
 
 def split_name(tokenizer: Tokenizer) -> str:
