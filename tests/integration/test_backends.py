@@ -182,7 +182,7 @@ def test_integers_in_gptq_layout_come_back(tiny_model: Path, tmp_path: Path, sch
     step = Quantize(scheme=scheme, group_size=32, symmetric=version == "gptq")
     ours, theirs = round_to_nearest(tiny_model, tmp_path / "ours", step), tmp_path / "theirs"
     gptq.write(ours, theirs, torch.bfloat16, version)
-    found, stored = gptqmodel.read_layout(theirs, torch.bfloat16), read_quantized(ours)
+    found, stored = gptqmodel.read_layout(theirs, version, torch.bfloat16), read_quantized(ours)
     assert found.keys() == stored.keys()
     for name, layer in stored.items():
         assert found[name].bits == layer.bits
@@ -199,7 +199,7 @@ def test_groups_that_are_not_neighbours_are_refused(tiny_model: Path, tmp_path: 
     tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0).contiguous()
     save_file(tensors, theirs / "model.safetensors")
     with pytest.raises(StageError, match=f"{name}: its groups are not made of neighbouring inputs"):
-        gptqmodel.read_layout(theirs, torch.bfloat16)
+        gptqmodel.read_layout(theirs, "gptq", torch.bfloat16)
 
 
 AUTOROUND = {"scheme": "w4a16", "method": "autoround", "group_size": 32, "iterations": 1, **TEXT}

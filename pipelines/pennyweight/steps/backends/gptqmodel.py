@@ -1,7 +1,7 @@
 """GPTQModel, the successor of AutoGPTQ, driven through optimum: GPTQ with its kernels on NVIDIA GPUs.
 
-Not yet run on a GPU: what is tested is the way from the layout that it writes to a checkpoint of ours. Its scales are
-float16 and become what the checkpoint stores; its integers and zeros stay.
+Not yet run on a GPU: its solver has run on a CPU with a tiny model, and what is tested is the way from the layout that
+it writes to a checkpoint of ours. Its scales are float16 and become what the checkpoint stores; integers and zeros stay.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight.checkpoints import quantization_config, read_tensors
 from pennyweight.errors import StageError
+from pennyweight.formats.gptq import Version
 from pennyweight.plan.sizes import is_ignored
 from pennyweight.quantization import decoder, packed
 from pennyweight.quantization.grid import QuantizedLinear
@@ -38,14 +39,17 @@ def run(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Pat
     if context.device != "cuda":
         raise StageError("gptqmodel runs on an NVIDIA GPU", "leave `backend` out: pennyweight's own gptq runs here")
     with tempfile.TemporaryDirectory() as scratch:
-        _solve(checkpoint, step, context, Path(scratch))
-        found = read_layout(Path(scratch), getattr(torch, checkpoint.dtype))
+        version = _solve(checkpoint, step, context, Path(scratch))
+        found = read_layout(Path(scratch), version, getattr(torch, checkpoint.dtype))
     kept = {name: layer for name, layer in found.items() if not is_ignored(name, step.ignore)}
     return integers.write(checkpoint, step, context, kept, files)
 
 
-def _solve(checkpoint: Checkpoint, step: Quantize, context: StepContext, target: Path) -> None:
-    """Quantize the decoder, all its blocks alike, and write it to `target` in GPTQ's layout."""
+def _solve(checkpoint: Checkpoint, step: Quantize, context: StepContext, target: Path) -> Version:
+    """Quantize the decoder, all its blocks alike, and write it to `target` in GPTQ's layout.
+
+    Returns which version of it. config.json, as optimum 2.3 writes it, names the version before saving converts it.
+    """
     from optimum.gptq import GPTQQuantizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,18 +71,17 @@ def _solve(checkpoint: Checkpoint, step: Quantize, context: StepContext, target:
     )
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     solver.save(solver.quantize_model(model, tokenizer), str(target))
+    return solver.format
 
 
-def read_layout(folder: Path, dtype: torch.dtype) -> dict[str, QuantizedLinear]:
+def read_layout(folder: Path, version: Version, dtype: torch.dtype) -> dict[str, QuantizedLinear]:
     """The quantized layers of a checkpoint in GPTQ's layout, scales rounded to `dtype`.
 
     Raises StageError for groups that are not made of neighbours, which our compressed-tensors checkpoints cannot say.
     """
     import torch
 
-    config = quantization_config(folder) or {}
-    bits = config["bits"]
-    first = config.get("checkpoint_format", config.get("format", "gptq")) == "gptq"
+    bits = (quantization_config(folder) or {})["bits"]
     tensors = read_tensors(folder)
     layers = {}
     for name in sorted(key.removesuffix(QWEIGHT) for key in tensors if key.endswith(QWEIGHT)):
@@ -90,6 +93,6 @@ def read_layout(folder: Path, dtype: torch.dtype) -> dict[str, QuantizedLinear]:
         words = packed.unpack(tensors[f"{name}{QWEIGHT}"], bits, (columns, rows), dim=0)
         zeros = packed.unpack(tensors[f"{name}.qzeros"], bits, (groups, rows)).T
         # The first version of the layout holds zero − 1.
-        zeros = ((zeros + 1) & (2**bits - 1)) if first else zeros
+        zeros = (zeros + 1) & (2**bits - 1) if version == "gptq" else zeros
         layers[name] = QuantizedLinear(words.T.contiguous(), scales, zeros.contiguous(), bits)
     return layers
