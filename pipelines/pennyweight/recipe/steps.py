@@ -97,8 +97,8 @@ class Quantize(Section):
 
     kind: Literal["quantize"] = "quantize"
     scheme: Scheme
-    """Bits of the weights and of the activations: w4a16. fp8 has 8-bit floats for both. auto: bits layer by layer, so
-    that the whole weighs no more than `budget`."""
+    """Bits of the weights and of the activations: w4a16. fp8 has 8-bit floats for both. w4a8 keeps a byte a weight on
+    disk, as engines load it. auto: bits layer by layer, so that the whole weighs no more than `budget`."""
     method: Method = "rtn"
     """rtn rounds to nearest. gptq (Frantar et al., 2023) places the rounding errors where calibration text feels them
     least. awq (Lin et al., 2024) scales inputs that matter before rounding. smoothquant (Xiao et al., 2023) moves

@@ -1,7 +1,8 @@
 """GPTQModel, the successor of AutoGPTQ, driven through optimum: GPTQ with its kernels on NVIDIA GPUs.
 
 Not yet run on a GPU: its solver has run on a CPU with a tiny model, and what is tested is the way from the layout that
-it writes to a checkpoint of ours. Its scales are float16 and become what the checkpoint stores; integers and zeros stay.
+it writes to a checkpoint of ours. Scales are float16 there and become what the checkpoint stores; integers and zeros
+stay.
 """
 
 from __future__ import annotations
