@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from pennyweight.plan.allocation import allocated_bytes, budget_problems, layer_choices, least_bytes
+from pennyweight.plan.problems import Problems, check_steps
+from pennyweight.plan.schemes import check_runtimes
 from pennyweight.plan.sizes import ModelShape, dense_bytes, model_shape
 from pennyweight.quantization import decoder
 from pennyweight.quantization.allocation import knapsack, sensitivity
@@ -21,7 +24,7 @@ from pennyweight.quantization.allocation.search import Search
 from pennyweight.quantization.allocation.trials import Trials
 from pennyweight.quantization.allocation.units import Unit, alike, place
 from pennyweight.quantization.grid import Grid
-from pennyweight.recipe import Quantize
+from pennyweight.recipe import Quantize, Recipe
 
 
 def brute_force(losses: list[list[float]], costs: list[list[int]], budget: int) -> float:
@@ -213,3 +216,20 @@ def test_sizes_that_divide_no_layer_are_refused(shape: ModelShape) -> None:
         (8, 256),
         None,
     ]
+
+
+def test_the_plan_finds_what_a_runtime_cannot_run(shape: ModelShape, tiny_recipe_text: str) -> None:
+    body = yaml.safe_load(tiny_recipe_text)
+    step = auto(choices=[3, 4], group_sizes=[8, 32], head="auto", embedding="auto", budget={"bytes": 1000})
+    body["variants"] = {"mixed": [{"quantize": step.model_dump(exclude={"kind"}, exclude_defaults=True)}]}
+    body["runtimes"] = {"base": ["transformers"], "variants": ["onnxruntime"]}
+    body["evaluate"] = {"name": "text", "divergence": {"text": "held-out-text"}}
+    body["gate"] = [{"metric": "kl_mean", "max": 1.0}]
+    found = Problems("recipe.yaml")
+    check_steps(Recipe.model_validate(body), shape, found)
+    check_runtimes(Recipe.model_validate(body), found)
+    said = {problem.path.removeprefix("variants.mixed.0.quantize."): problem.message for problem in found.found}
+    assert said.keys() == {"head", "embedding", "budget", "group_sizes", "choices"}
+    assert "head and embedding are one matrix here" in said["head"]
+    assert "no groups of 8" in said["group_sizes"]
+    assert "4 and 8 bits, not 3" in said["choices"]
