@@ -22,6 +22,7 @@ from pennyweight.evaluate import estimates
 from pennyweight.evaluate.evidence import REFERENCE_SAMPLES, SAMPLES_FOLDER, write_rows
 from pennyweight.gate import Look
 from pennyweight.plan import Plan, make_plan
+from pennyweight.plan.schemes import scheme_notes
 from pennyweight.progress import Progress, duration, output_to
 from pennyweight.recipe import Recipe
 from pennyweight.records import (
@@ -109,7 +110,7 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
             "price": benchmark.price,
             "candidates": results,
             "stages": current.times,
-            "notes": [*_notes(recipe, benchmark), *texts.notes],
+            "notes": [*_notes(recipe, benchmark), *scheme_notes(recipe), *texts.notes],
             "seconds": time.perf_counter() - begin,
         }
     )
