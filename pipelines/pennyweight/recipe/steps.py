@@ -79,11 +79,11 @@ class Budget(Section):
 class Search(Section):
     """Work that goes into an allocation."""
 
-    windows: int = Field(8, ge=1)
+    windows: int = Field(4, ge=1)
     """Windows of the calibration text that sensitivity is computed on."""
     held_out: int = Field(4, ge=1)
     """Windows, others, that divergence is measured on; they calibrate nothing."""
-    trials: int = Field(60, ge=0)
+    trials: int = Field(40, ge=0)
     """Measurements of divergence that refine the allocation."""
 
 

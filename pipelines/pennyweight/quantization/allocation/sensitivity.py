@@ -22,13 +22,13 @@ BATCH_TOKENS = 1024
 #: Positions whose logits exist at once.
 CHUNK = 256
 
-Rounder = Callable[["torch.Tensor", Choice], "torch.Tensor"]
+Rounder = Callable[[str, Choice], "torch.Tensor"]
 
 
 def predict(model: Any, units: Sequence[Unit], windows: torch.Tensor, rounder: Rounder, seed: int) -> list[list[float]]:
     """Predicted KL in nats per token of rounding each unit alone, for each of its choices.
 
-    `windows` are token ids (windows, tokens). `rounder` gives what a choice leaves of a layer's weights. `seed` draws
+    `windows` are token ids (windows, tokens). `rounder` gives what a choice leaves of a layer's weight. `seed` draws
     the tokens.
     """
     import torch
@@ -63,9 +63,9 @@ def _observed(model: Any, units: Sequence[Unit], rounder: Rounder, totals: list[
     handles = [model.get_input_embeddings().register_forward_hook(lambda _, __, output: output.requires_grad_())]
     for unit, total in zip(units, totals):
         if unit.block is not None:
-            handles += [
-                model.get_submodule(name).register_forward_hook(_watch(unit, total, rounder)) for name in unit.names
-            ]
+            for name in unit.names:
+                hook = _watch(name, unit.choices, total, rounder)
+                handles.append(model.get_submodule(name).register_forward_hook(hook))
     try:
         yield
     finally:
@@ -73,16 +73,19 @@ def _observed(model: Any, units: Sequence[Unit], rounder: Rounder, totals: list[
             handle.remove()
 
 
-def _watch(unit: Unit, total: list[float], rounder: Rounder) -> Callable[..., None]:
+def _watch(name: str, choices: Sequence[Choice], total: list[float], rounder: Rounder) -> Callable[..., None]:
+    import torch
+
     def hook(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         seen = inputs[0].detach().flatten(0, -2)
 
         def add(gradient: torch.Tensor) -> None:
-            back = gradient.flatten(0, -2)
-            for at, choice in enumerate(unit.choices):
+            back = gradient.flatten(0, -2).float()
+            for at, choice in enumerate(choices):
                 if choice is not None:
-                    change = rounder(module.weight.data, choice) - module.weight.data
-                    total[at] += ((seen @ change.T) * back).sum(-1).square().sum().item()
+                    change = rounder(name, choice) - module.weight.data
+                    moved = (seen @ change.T).float()
+                    total[at] += torch.linalg.vecdot(moved, back).square().sum().item()
 
         output.register_hook(add)
 

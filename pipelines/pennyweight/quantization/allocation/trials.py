@@ -36,10 +36,9 @@ class Trials:
         self._search, self._dtype = search, dtype
         self._blocks = list(decoder.blocks(model)[1])
         self._dense = {name: model.get_submodule(name).weight.data for unit in units for name in unit.names}
+        self._scales: dict[tuple[str, Choice], tuple[torch.Tensor, torch.Tensor]] = {}
         self._handed_on: list[Any] = [None] * len(self._blocks)
         self.assignment: list[Choice] = [None] * len(units)
-        self.count = 0
-        """Measurements made so far, each counted by the part of the blocks that it ran."""
         self._probabilities, self._negative_entropy = self._base(self._run(0, keep=True))
 
     def assign(self, assignment: Sequence[Choice]) -> float:
@@ -62,17 +61,19 @@ class Trials:
         """Leave the model as it came."""
         self._put(dict.fromkeys(range(len(self._units))))
 
-    def rounded(self, weight: torch.Tensor, choice: Choice) -> torch.Tensor:
-        """A weight (out, in) as its choice leaves it."""
+    def rounded(self, name: str, choice: Choice) -> torch.Tensor:
+        """A layer's weight (out, in) as a choice leaves it."""
+        weight = self._dense[name]
         if choice is None:
             return weight
-        scales, zeros = find_scales(weight, choice, self._dtype, self._search)
-        return round_to_nearest(weight, scales, zeros, choice).dequantize().to(weight.dtype)
+        if (name, choice) not in self._scales:
+            self._scales[name, choice] = find_scales(weight, choice, self._dtype, self._search)
+        return round_to_nearest(weight, *self._scales[name, choice], choice).dequantize().to(weight.dtype)
 
     def _put(self, changes: Mapping[int, Choice]) -> None:
         for at, choice in changes.items():
             for name in self._units[at].names:
-                self._weight(name).data = self.rounded(self._dense[name], choice)
+                self._weight(name).data = self.rounded(name, choice)
 
     def _weight(self, name: str) -> Any:
         return self._model.get_submodule(name).weight
@@ -88,7 +89,6 @@ class Trials:
         """Last hidden states (tokens, width), computed from block `first` on."""
         import torch
 
-        self.count += 1
         with torch.no_grad(), self._hooked(first, keep):
             return self._model.base_model(self._windows, use_cache=False).last_hidden_state.flatten(0, 1)
 
