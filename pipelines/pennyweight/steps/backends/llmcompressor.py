@@ -137,7 +137,8 @@ def _compressed(model: Any, stored: torch.dtype) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
-        state = {key: value for key, value in get_direct_state_dict(module).items() if key in module.state_dict()}
+        own, stored_names = get_direct_state_dict(module), module.state_dict().keys()
+        state = {key: value for key, value in own.items() if key in stored_names}
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None or scheme.weights is None:
             for value in state.values():
