@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,31 +38,42 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(machine.threads())
     base, texts = material(options)
-    shape = model_shape(checkpoints.read_config(Path(base.path)), base.dtype)
     judge = Judge(decoder.load(base, "cpu"), texts[JUDGED])
-    names = list(decoder.linears(judge.base))
-    _, blocks = decoder.blocks(judge.base)
-    print(f"{options.method}, scales by {options.scales}; {texts[JUDGED].size:,} tokens of {JUDGED}", flush=True)
-    print(f"{'':44}{'MB':>9}{'KL':>9}{'against the rule':>24}", flush=True)
+    print(f"{options.method}, scales by {options.scales}; {texts[JUDGED].size:,} tokens of {JUDGED}")
+    print(f"{'':36}{'MB':>9}{'KL':>9}{'against the rule':>20}", flush=True)
     for rule in options.rules:
-        ends = {f".{at}." for at in (0, len(blocks) - 1)} if rule == "first-last-8" else set()
-        grids = {name: Grid(8 if any(end in name for end in ends) else 4, 64) for name in names}
-        step = auto(options, {"bytes": 1})
-        size = allocated_bytes(shape, step, {name: (grid.bits, grid.group_size) for name, grid in grids.items()})
-        fixed = judge(quantized(base, grids, step, texts[CALIBRATION]))
-        row(rule, size, fixed.mean())
-        step, begin = auto(options, {"bytes": size}), time.monotonic()
-        model = decoder.load(base, "cpu")
-        windows = torch.from_numpy(texts[CALIBRATION])
-        grids, found = allocate(model, shape, step, windows, getattr(torch, base.dtype), SEED, lambda *_: None)
-        del model
-        seconds = time.monotonic() - begin
-        ours = judge(quantized(base, grids, step, texts[CALIBRATION]))
-        change, error = paired(ours, fixed)
-        row(f"auto at {rule}'s bytes", found.bytes, ours.mean(), f"{change:+.1%} ± {error:.1%}")
-        held = ", ".join(f"{name} {kl:.4f}" for name, kl in found.uniform_kl.items())
-        print(f"  held-out {CALIBRATION}: {found.measured_kl:.4f} (predicted {found.predicted_kl:.4f}; {held})")
-        print(f"  {found.trials} trials, {seconds:.0f} s; layers: {kinds(found.layers)}", flush=True)
+        compare(rule, base, texts[CALIBRATION], judge, options)
+
+
+def compare(rule: str, base: Checkpoint, calibration: Any, judge: Judge, options: Any) -> None:
+    """The rule, and what allocation makes of its bytes."""
+    import torch
+
+    shape = model_shape(checkpoints.read_config(Path(base.path)), base.dtype)
+    grids = rule_grids(rule, judge.base)
+    widths = {name: (grid.bits, grid.group_size) for name, grid in grids.items()}
+    size = allocated_bytes(shape, auto(options, 1), widths)
+    step = auto(options, size)
+    fixed = judge(quantized(base, grids, step, calibration))
+    row(rule, size, fixed.mean())
+    begin, model = time.monotonic(), decoder.load(base, "cpu")
+    windows, dtype = torch.from_numpy(calibration), getattr(torch, base.dtype)
+    grids, found = allocate(model, shape, step, windows, dtype, SEED, lambda *_: None)
+    seconds = time.monotonic() - begin
+    del model
+    ours = judge(quantized(base, grids, step, calibration))
+    change, error = paired(ours, fixed)
+    row(f"auto at {rule}'s bytes", found.bytes, ours.mean(), f"{change:+.1%} ± {error:.1%}")
+    held = ", ".join(f"{name} {kl:.4f}" for name, kl in found.uniform_kl.items())
+    print(f"  on {CALIBRATION}: {found.measured_kl:.4f}, predicted {found.predicted_kl:.4f}; {held}")
+    print(f"  {found.trials} trials, {seconds:.0f} s; {kinds(found.layers)}", flush=True)
+
+
+def rule_grids(rule: str, model: Any) -> dict[str, Grid]:
+    """4 bits in groups of 64 for every layer, but for 8 bits in the first and the last block where the rule says so."""
+    stack, blocks = decoder.blocks(model)
+    ends = tuple(f"{stack}.{at}." for at in (0, len(blocks) - 1)) if rule == "first-last-8" else ()
+    return {name: Grid(8 if name.startswith(ends) else 4, 64) for name in decoder.linears(model)}
 
 
 def parse() -> Any:
@@ -93,13 +105,14 @@ def material(options: Any) -> tuple[Checkpoint, dict[str, Any]]:
     return base, texts
 
 
-def auto(options: Any, budget: dict[str, int]) -> Quantize:
+def auto(options: Any, size: int) -> Quantize:
+    """The step that allocates `size` bytes."""
     return Quantize.model_validate(
         {
             "scheme": "auto",
             "method": options.method,
             "scales": options.scales,
-            "budget": budget,
+            "budget": {"bytes": size},
             "choices": list(options.choices),
             "group_sizes": list(options.group_sizes),
             "calibrate": {"source": CALIBRATION, "samples": options.samples, "length": options.length},
@@ -124,17 +137,21 @@ class Judge:
 
     def __init__(self, base: Any, windows: Any):
         self.base, self._windows = base, windows
+        self._expected = list(self._predictions(base))
 
     def __call__(self, model: Any) -> Any:
         import numpy as np
+
+        pairs = zip(self._expected, self._predictions(model))
+        return np.array([(a.exp() * (a - b)).sum(-1).mean().item() for a, b in pairs])
+
+    def _predictions(self, model: Any) -> Iterator[Any]:
+        """Log-probabilities of each window, float32 (tokens, vocabulary)."""
         import torch
 
-        found = []
-        with torch.inference_mode():
-            for ids in torch.from_numpy(self._windows):
-                expected, ours = (torch.log_softmax(m(ids[None]).logits[0].float(), -1) for m in (self.base, model))
-                found.append((expected.exp() * (expected - ours)).sum(-1).mean().item())
-        return np.array(found)
+        for ids in torch.from_numpy(self._windows):
+            with torch.inference_mode():
+                yield torch.log_softmax(model(ids[None]).logits[0].float(), -1)
 
 
 def paired(ours: Any, fixed: Any) -> tuple[float, float]:
@@ -145,7 +162,7 @@ def paired(ours: Any, fixed: Any) -> tuple[float, float]:
 
 
 def row(name: str, size: int, kl: float, change: str = "") -> None:
-    print(f"{name:44}{size / 1e6:>9.3f}{kl:>9.4f}{change:>24}", flush=True)
+    print(f"{name:36}{size / 1e6:>9.3f}{kl:>9.4f}{change:>20}", flush=True)
 
 
 def kinds(layers: dict[str, str]) -> str:
