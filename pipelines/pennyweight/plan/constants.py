@@ -26,7 +26,7 @@ DOWNLOAD_BYTES_PER_SECOND = 10e6
 GPTQ_SECONDS_PER_WEIGHT = 2e-7
 #: Seconds for each weight to search the scales of smallest error.
 SEARCH_SECONDS_PER_WEIGHT = 6e-8
-#: Fraction of the measured rate of products at which healing's run, by the dtype that it computes in.
+#: Fraction of the measured rate of products at which training's run, by the dtype that it computes in.
 TRAINING_EFFICIENCY = {"float32": 0.55, "bfloat16": 0.25, "float16": 0.25}
 #: Seconds to compare one logit with the base's: two softmaxes and the divergence.
 COMPARE_SECONDS_PER_LOGIT = 2.5e-9

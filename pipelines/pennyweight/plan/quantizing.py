@@ -77,10 +77,10 @@ def _allocation_memory(shape: ModelShape, step: Quantize) -> int:
 
 def _solving_seconds(job: Job, step: Quantize, layers: list[tuple[int, int]], tokens: int) -> float:
     """gptq and awq gather Σ x xᵀ of each layer's input (2 · tokens · in²) and search scales. gptq then goes column by
-    column; awq tries its exponents, each with a search and a product (2 · out · in²). autoround trains: forward, and
-    twice that backward, for a batch in each of its steps."""
+    column; awq tries its exponents, each with a search and a product (2 · out · in²). autoround trains in float32:
+    forward, and twice that backward, for a batch in each of its steps."""
     assert job.measured and step.calibrate
-    fp32, bf16 = job.measured.gflops_fp32 * 1e9, job.measured.gflops_bf16 * 1e9
+    fp32 = job.measured.gflops_fp32 * 1e9
     weights = sum(rows * columns for rows, columns in layers)
     moments = sum(2 * tokens * columns**2 for _, columns in layers) / fp32
     search = weights * SEARCH_SECONDS_PER_WEIGHT
@@ -91,7 +91,7 @@ def _solving_seconds(job: Job, step: Quantize, layers: list[tuple[int, int]], to
         return moments + search + len(EXPONENTS) * (search + products)
     if step.method == "autoround":
         learnt = step.iterations * min(CALIBRATION_BATCH, step.calibrate.samples) * step.calibrate.length
-        return 3 * 2 * weights * learnt / (bf16 * TRAINING_EFFICIENCY)
+        return 3 * 2 * weights * learnt / (fp32 * TRAINING_EFFICIENCY["float32"])
     return 0.0
 
 
