@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+
+from pennyweight.quantization import reload
+
+PREDICT_AFRESH = reload.predict_afresh
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +28,20 @@ WORDS = """
 def sentences(seed: int, count: int) -> list[str]:
     draw = random.Random(seed)
     return [" ".join(draw.choice(WORDS) for _ in range(40)).capitalize() + "." for _ in range(count)]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def reload_here() -> Iterator[None]:
+    """Steps that tests call themselves prove their checkpoint in this process: a fresh one takes seconds to import.
+    `fresh_process` gives a test the real thing, and so does every run of the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "predict_afresh", reload.predict)
+        yield
+
+
+@pytest.fixture
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reload, "predict_afresh", PREDICT_AFRESH)
 
 
 @pytest.fixture(scope="session")

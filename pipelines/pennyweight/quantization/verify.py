@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pennyweight.checkpoints import read_headers
 from pennyweight.errors import StageError
+from pennyweight.quantization import reload
 from pennyweight.quantization.bytewise import ByteLinear
 from pennyweight.quantization.grid import QuantizedLinear
 
@@ -64,23 +62,13 @@ def check_reload(files: Path, model: Any) -> float:
     Returns the largest |Δ log p| over all probe positions and tokens, in nats. Raises StageError where it does not load
     there, or predicts something else.
     """
-    import numpy as np
     import torch
 
     ids = _probe(model.config.get_text_config().vocab_size)
     with torch.no_grad():
         expected = torch.log_softmax(model(torch.from_numpy(ids).to(model.device)).logits.cpu().float(), -1)
-    with tempfile.TemporaryDirectory() as scratch:
-        asked, answered = Path(scratch) / "ids.npy", Path(scratch) / "logits.npy"
-        np.save(asked, ids)
-        job = [str(files), str(asked), str(answered), str(model.dtype).removeprefix("torch."), model.device.type]
-        command = [sys.executable, "-m", "pennyweight.quantization.reload", *job]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            print(done.stderr)  # to the run's log
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise StageError(f"a fresh process cannot load the checkpoint: {lines[-1] if lines else 'no output'}")
-        found = torch.log_softmax(torch.from_numpy(np.load(answered)), -1)
+    logits = reload.predict_afresh(files, ids, str(model.dtype).removeprefix("torch."), model.device.type)
+    found = torch.log_softmax(torch.from_numpy(logits), -1)
     kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
     if not kl <= RELOAD_TOLERANCE:
         raise StageError(f"the checkpoint predicts something else once it is loaded again: KL {kl:.4f} nats per token")
