@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from quantized import make
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import sentences
@@ -24,9 +25,7 @@ from pennyweight.cli import main
 from pennyweight.errors import SourceError, StageError, UsageError
 from pennyweight.formats.gguf import vocabulary
 from pennyweight.formats.gguf.engines import OPENVINO, refuse
-from pennyweight.quantization import decoder, methods, packed
-from pennyweight.recipe import Quantize
-from pennyweight.steps import quantize
+from pennyweight.quantization import packed
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -50,21 +49,6 @@ FLOAT32 = 0.005
 ROUNDED_ACTIVATIONS = 0.15
 
 
-def make(base: Path, folder: Path, **settings: Any) -> Path:
-    """A quantized checkpoint of the tiny model."""
-    if not settings:
-        return base
-    step = Quantize(**{"group_size": 32, **settings})
-    model = decoder.load(checkpoints.describe(base, "test"), "cpu")
-    grids = quantize.layer_grids(model, step)
-    if decoder.head_name(model) in grids:
-        decoder.untie(model)
-    rounding = methods.Settings("rtn", "max", 0.01, torch.bfloat16)
-    folder.mkdir()
-    packed.write(base, folder, model, methods.quantize(model, grids, rounding, None, lambda *_: None))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def ids(tiny_model: Path) -> np.ndarray:
     tokens = AutoTokenizer.from_pretrained(tiny_model)(" ".join(sentences(5, 3))).input_ids
@@ -78,7 +62,8 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(scheme: str, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tiny_model, tmp_path_factory.mktemp("checkpoint") / scheme, **SCHEMES[scheme])
+    folder = tmp_path_factory.mktemp("checkpoint") / scheme
+    return make(tiny_model, folder, **SCHEMES[scheme]) if SCHEMES[scheme] else tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def test_words_hold_low_bits_first() -> None:
 def test_what_is_not_quantized_comes_along_and_is_declared(tmp_path: Path) -> None:
     layers = {NAME: layer(4), "model.layers.0.k_proj": layer(4), "lm_head": layer(8)}
     source = checkpoint(tmp_path / "source", layers)
-    gptq.write(source, tmp_path / "target", torch.bfloat16, "gptq_v2")
+    gptq.write(source, tmp_path / "target", layers, torch.bfloat16, "gptq_v2")
     written = load_file(tmp_path / "target" / "model.safetensors")
     assert torch.equal(written["model.norm.weight"], torch.ones(4))
     assert written[f"{NAME}.scales"].dtype == torch.bfloat16
@@ -85,12 +85,6 @@ def test_what_is_not_quantized_comes_along_and_is_declared(tmp_path: Path) -> No
         r"+:^lm_head(?:\.|$)": {"bits": 8, "group_size": 32},
         r"-:^model\.layers\.0\.o_proj(?:\.|$)": {},
     }
-
-
-def test_a_checkpoint_without_integers_is_refused(tmp_path: Path) -> None:
-    source = checkpoint(tmp_path / "source", {})
-    with pytest.raises(StageError, match="no packed integers"):
-        gptq.write(source, tmp_path / "target", torch.float32, "gptq")
 
 
 @pytest.mark.parametrize(("rows", "columns", "side"), [(30, 64, "outputs"), (32, 40, "inputs")])

@@ -51,20 +51,26 @@ def export(source: Path, target: Path) -> dict[str, QuantizedLinear]:
     exact = all(torch.equal(layer.scales.half().float(), layer.scales) for layer in layers.values())
     dtype = torch.float16 if exact else getattr(torch, DTYPES[stored])
     version: Version = "gptq" if all(layer.symmetric for layer in layers.values()) else "gptq_v2"
-    return write(source, target, dtype, version)
+    write(source, target, layers, dtype, version)
+    return layers
 
 
-def write(source: Path, target: Path, dtype: torch.dtype, version: Version) -> dict[str, QuantizedLinear]:
-    """Write the compressed-tensors checkpoint `source` to `target`, scales in `dtype`. Returns the layers rewritten.
+def write(
+    source: Path,
+    target: Path,
+    layers: dict[str, QuantizedLinear],
+    dtype: torch.dtype,
+    version: Version,
+    dense: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write the compressed-tensors checkpoint `source` to `target` with `layers` as its integers and scales in `dtype`.
 
-    Raises StageError where nothing is packed, or where a layer does not fill whole words.
+    `dense` are tensors to add. Raises StageError where a layer does not fill whole words.
     """
     from safetensors.torch import save_file
 
-    layers = packed.read_quantized(source)
-    if not layers:
-        raise StageError(f"{source} has no packed integers: it is not a compressed-tensors checkpoint")
     tensors = {name: value for name, value in read_tensors(source).items() if not name.endswith(packed.PARTS)}
+    tensors |= dense or {}
     floats = sorted(
         name.removesuffix(".weight") for name, value in tensors.items() if name.endswith(".weight") and value.ndim == 2
     )
@@ -77,7 +83,6 @@ def write(source: Path, target: Path, dtype: torch.dtype, version: Version) -> d
     for path in source.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name not in ("config.json", INDEX):
             shutil.copy(path, target)
-    return layers
 
 
 def layer_tensors(name: str, layer: QuantizedLinear, dtype: torch.dtype, version: Version) -> dict[str, torch.Tensor]:

@@ -12,22 +12,22 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pennyweight import machine
+from pennyweight import checkpoints, machine
 from pennyweight.errors import StageError
 from pennyweight.formats import gptq
+from pennyweight.quantization import packed
 from pennyweight.quantization.grid import QuantizedLinear
 from pennyweight.records import Candidate, Checkpoint
-from pennyweight.runtimes import Generation, RuntimeKind
+from pennyweight.runtimes import Generation, RuntimeKind, onnx_embedding
+from pennyweight.runtimes.onnx_integers import MODEL, check_integers, drop_symmetric_zero_points
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-MODEL = "model.onnx"
 DATA = "model.onnx.data"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-#: Projections that the builder merges into one matrix, in this order along the output.
-FUSED = {"attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 #: Nodes that the builder would quantize unasked.
 HEAD_AND_EMBEDDING = ("/lm_head/MatMul", "/model/embed_tokens/Gather")
 
@@ -41,25 +41,54 @@ def export(checkpoint: Checkpoint, device: str, files: Path) -> None:
 
     Raises StageError where the builder fails, or where a tensor of the file is not what the checkpoint says.
     """
-    import torch
+    import onnx
 
     scratch = files.parent / "scratch"
     scratch.mkdir()
     source, layers = Path(checkpoint.path), {}
     if checkpoint.format == "compressed-tensors":
-        source = scratch / "gptq"
-        # In float32 the builder gets back the integers that it is given; it masks the carry of a zero of 0.
-        layers = gptq.write(Path(checkpoint.path), source, torch.float32, "gptq")
+        layers = {name: _in_whole_bytes(layer) for name, layer in packed.read_quantized(source).items()}
+        source = _readable(source, layers, scratch / "gptq")
     _build(source, layers, device, scratch, files)
     if layers:
-        _drop_symmetric_zero_points(files)
+        model = onnx.load(files / MODEL)
+        drop_symmetric_zero_points(model)
+        if EMBEDDING in layers:
+            onnx_embedding.quantize(model, layers[EMBEDDING], tied=layers.get(HEAD) is layers[EMBEDDING])
+        (files / DATA).unlink()
+        onnx.save_model(model, files / MODEL, save_as_external_data=True, location=DATA, size_threshold=1024)
     _forget_where_it_was_built(files)
     check_integers(files, layers)
     _remove(scratch)
 
 
+def _in_whole_bytes(layer: QuantizedLinear) -> QuantizedLinear:
+    """3-bit integers as 4-bit ones of the same values: onnxruntime has no others between 2 and 4."""
+    if layer.bits != 3:
+        return layer
+    return QuantizedLinear(layer.integers + 4, layer.scales, layer.zeros + 4, 4)
+
+
+def _readable(source: Path, layers: dict[str, QuantizedLinear], target: Path) -> Path:
+    """The checkpoint as the builder reads it: in GPTQ's layout, the embedding in floating point.
+
+    A head that shares the embedding's integers is added to `layers`.
+    """
+    import torch
+
+    dense = {}
+    if EMBEDDING in layers:
+        dense[f"{EMBEDDING}.weight"] = layers[EMBEDDING].dequantize()
+        if checkpoints.read_config(source).get("tie_word_embeddings"):
+            layers[HEAD] = layers[EMBEDDING]
+    linears = {name: layer for name, layer in layers.items() if name != EMBEDDING}
+    # In float32 the builder gets back the integers that it is given; it masks the carry of a zero of 0.
+    gptq.write(source, target, linears, torch.float32, "gptq", dense)
+    return target
+
+
 def _build(source: Path, layers: dict[str, QuantizedLinear], device: str, scratch: Path, files: Path) -> None:
-    bits = max((layer.bits for name, layer in layers.items() if name != "lm_head"), default=None)
+    bits = max((layer.bits for name, layer in layers.items() if name not in (HEAD, EMBEDDING)), default=None)
     plain = "fp16" if device == "cuda" else "fp32"
     fusable = _attention_is_uniform(layers)
     job = {
@@ -68,7 +97,11 @@ def _build(source: Path, layers: dict[str, QuantizedLinear], device: str, scratc
         "precision": f"int{bits}" if bits else plain,
         "provider": device,
         "cache": str(scratch / "cache"),
-        "options": [f"nodes_to_exclude={','.join(HEAD_AND_EMBEDDING)}", *([] if fusable else ["fuse_qkv=false"])],
+        "options": [
+            f"nodes_to_exclude={','.join(HEAD_AND_EMBEDDING)}",
+            *([] if fusable else ["fuse_qkv=false"]),
+            *(["shared_embeddings=false"] if EMBEDDING in layers else []),
+        ],
     }
     job_path = scratch / "job.json"
     job_path.write_text(json.dumps(job))
@@ -95,28 +128,6 @@ def _attention_is_uniform(layers: dict[str, QuantizedLinear]) -> bool:
     return all(len(kind) == 1 for kind in kinds.values()) and set(counts.values()) <= {3}
 
 
-def _drop_symmetric_zero_points(files: Path) -> None:
-    """Remove zero points that say what MatMulNBits assumes without them, 2^(bits−1): smaller, and faster to read."""
-    import onnx
-
-    model = onnx.load(files / MODEL)
-    values = {tensor.name: tensor for tensor in model.graph.initializer}
-    dropped = set()
-    for node in model.graph.node:
-        if node.op_type != "MatMulNBits" or len(node.input) <= 3:
-            continue
-        if (_zero_points(node, values) == 2 ** (_attribute(node, "bits") - 1)).all():
-            dropped.add(node.input[3])
-            del node.input[3:]
-    if not dropped:
-        return
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in dropped]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    (files / DATA).unlink()
-    onnx.save_model(model, files / MODEL, save_as_external_data=True, location=DATA, size_threshold=1024)
-
-
 def _forget_where_it_was_built(files: Path) -> None:
     """The builder signs its file with the git commit of the folder it is called in; the same checkpoint must give the
     same bytes everywhere."""
@@ -125,61 +136,6 @@ def _forget_where_it_was_built(files: Path) -> None:
     model = onnx.load(files / MODEL, load_external_data=False)
     model.producer_version = model.producer_version.partition("+")[0]
     onnx.save_model(model, files / MODEL)
-
-
-def check_integers(files: Path, layers: dict[str, QuantizedLinear]) -> None:
-    """Raise StageError unless the file's integers, scales and zero points are the checkpoint's, and nothing else is
-    quantized."""
-    found = read_integers(files)
-    expected = _as_exported(layers, set(found))
-    if set(found) != set(expected):
-        odd = sorted(set(found) ^ set(expected))
-        raise StageError(f"the exported file quantizes other layers than the checkpoint does: {', '.join(odd[:5])}")
-    for name, (integers, scales, zeros) in found.items():
-        want = expected[name]
-        same = (integers == want.integers.numpy()).all() and (zeros == want.zeros.numpy()).all()
-        if not same or not (scales == want.scales.numpy().astype(scales.dtype)).all():
-            raise StageError(f"{name}: the exported integers or scales are not those of the checkpoint")
-
-
-def read_integers(files: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(integers (out, in), scales (out, groups), zeros (out, groups)) of every quantized tensor of an exported file.
-
-    Names are `layers.0.attn.qkv_proj`, …, `lm_head`.
-    """
-    import numpy as np
-    import onnx
-    from onnx import numpy_helper
-
-    model = onnx.load(files / MODEL)
-    values = {tensor.name: tensor for tensor in model.graph.initializer}
-    found = {}
-    for node in model.graph.node:
-        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized", "DequantizeLinear"):
-            continue
-        name = node.name.strip("/").rsplit("/", 1)[0].replace("/", ".").removeprefix("model.")
-        if node.op_type != "MatMulNBits":
-            found[name] = (np.empty(0), np.empty(0), np.empty(0))
-            continue
-        bits, rows, columns = (_attribute(node, key) for key in ("bits", "N", "K"))
-        groups = -(-columns // _attribute(node, "block_size"))
-        blob = numpy_helper.to_array(values[node.input[1]]).reshape(rows, -1)
-        scales = numpy_helper.to_array(values[node.input[2]]).reshape(rows, groups)
-        if len(node.input) > 3 and node.input[3]:
-            zeros = _zero_points(node, values)
-        else:
-            zeros = np.full((rows, groups), 2 ** (bits - 1), np.uint8)
-        found[name] = (_nibbles(blob, bits)[:, :columns], scales, zeros)
-    return found
-
-
-def _zero_points(node: Any, values: dict[str, Any]) -> np.ndarray:
-    """uint8 (out, groups). A row of an odd number of 4-bit groups is padded to whole bytes."""
-    from onnx import numpy_helper
-
-    bits, rows, columns = (_attribute(node, key) for key in ("bits", "N", "K"))
-    groups = -(-columns // _attribute(node, "block_size"))
-    return _nibbles(numpy_helper.to_array(values[node.input[3]]).reshape(rows, -1), bits)[:, :groups]
 
 
 def sizes(files: Path) -> tuple[int, int]:
@@ -200,39 +156,7 @@ def quantized_tensors(files: Path) -> int:
     import onnx
 
     model = onnx.load(files / MODEL, load_external_data=False)
-    return sum(node.op_type == "MatMulNBits" for node in model.graph.node)
-
-
-def _nibbles(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 integers from bytes (rows, bytes), low bits first."""
-    import numpy as np
-
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-
-
-def _as_exported(layers: dict[str, QuantizedLinear], names: set[str]) -> dict[str, QuantizedLinear]:
-    """The checkpoint's layers under the exported file's names, merged where the file merged them."""
-    import torch
-
-    short = {name.removeprefix("model.").replace("self_attn.", "attn."): layer for name, layer in layers.items()}
-    for name in names:
-        prefix, _, block = name.rpartition(".attn.")
-        parts = [f"{prefix}.attn.{part.removeprefix('self_attn.')}" for part in FUSED.get(f"attn.{block}", ())]
-        if parts and all(part in short for part in parts):
-            merged = [short.pop(part) for part in parts]
-            short[name] = QuantizedLinear(
-                torch.cat([part.integers for part in merged]),
-                torch.cat([part.scales for part in merged]),
-                torch.cat([part.zeros for part in merged]),
-                merged[0].bits,
-            )
-    return short
-
-
-def _attribute(node: Any, name: str) -> int:
-    return next(attribute.i for attribute in node.attribute if attribute.name == name)
+    return sum(node.op_type in ("MatMulNBits", "GatherBlockQuantized") for node in model.graph.node)
 
 
 def _remove(folder: Path) -> None:
