@@ -11,8 +11,9 @@ from typing import Any
 import click
 
 from pennyweight import cli
-from pennyweight.recipe import STEPS, WORKLOADS, Recipe, Section
+from pennyweight.recipe import STEPS, WORKLOADS, Recipe
 from pennyweight.records import RunRecord
+from pennyweight.schema import Section
 
 ROOT = Path(__file__).parents[1]
 

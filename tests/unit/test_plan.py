@@ -305,7 +305,6 @@ TEXT = {"calibrate": {"source": "wiki", "samples": 2, "length": 32}}
         ({"scheme": "w8a8"}, "scheme", "onnxruntime cannot load w8a8: it rounds activations"),
         ({"scheme": "w4a8", "group_size": 32}, "scheme", "onnxruntime cannot load w4a8: it rounds activations"),
         ({"scheme": "fp8"}, "scheme", "onnxruntime cannot load fp8: it rounds activations"),
-        ({"scheme": "w3a16", "group_size": 32}, "scheme", "onnxruntime computes with 4 and 8 bits, not 3"),
         (
             {"scheme": "w8a16", **BACKEND, "kv_cache": "fp8", **TEXT},
             "kv_cache",
@@ -333,6 +332,14 @@ def test_notes_say_what_transformers_only_imitates(calm: Store) -> None:
     assert len([note for note in notes if note.startswith("fp8 kv_cache in transformers")]) == 1
     assert not any("w8a8" in note or "w4a8" in note for note in notes)
     assert not any("in transformers" in note for note in make_plan(recipe(), calm).notes)
+
+
+def test_three_bits_take_four_in_onnxruntime(calm: Store) -> None:
+    made = make_plan(recipe({"a": [{"quantize": {"scheme": "w3a16", "group_size": 32}}]}), calm)
+    assert made.problems == []
+    four = make_plan(recipe(), calm).weight_bytes("export", "int4@onnxruntime")
+    assert made.weight_bytes("export", "a@onnxruntime") == four
+    assert [note for note in made.notes if note.startswith("w3a16 in onnxruntime: it has no 3-bit integers")]
 
 
 @pytest.mark.parametrize(

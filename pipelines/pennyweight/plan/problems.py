@@ -60,7 +60,7 @@ def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
                 continue
             _check_ignore(path, step, shape, found)
             layers = quantized_layers(shape, step)
-            _check_embedding(path, step, shape, exported, found)
+            _check_embedding(path, step, shape, found)
             if layers and step.scheme == "auto":
                 for key, message, hint in budget_problems(shape, step):
                     found.add(f"{path}.{key}", message, hint)
@@ -80,15 +80,12 @@ def _check_ignore(path: str, step: Quantize, shape: ModelShape, found: Problems)
             found.add(f"{path}.ignore.{index}", f"{pattern!r} matches no layer", hint)
 
 
-def _check_embedding(path: str, step: Quantize, shape: ModelShape, exported: bool, found: Problems) -> None:
+def _check_embedding(path: str, step: Quantize, shape: ModelShape, found: Problems) -> None:
     if step.embedding == "none":
         return
     if shape.tied and step.head == step.embedding:
         hint = "remove `head`: a tied head shares the embedding's integers"
         found.add(f"{path}.head", f"head and embedding are one matrix here, and {step.head} would store it twice", hint)
-    if exported:
-        hint = "remove `embedding`, or take another runtime"
-        found.add(f"{path}.embedding", "onnxruntime's exporter keeps the embedding in floating point", hint)
 
 
 def _check_groups(

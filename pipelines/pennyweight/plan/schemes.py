@@ -8,8 +8,6 @@ from pennyweight import machine
 from pennyweight.plan.problems import Problems
 from pennyweight.recipe import ACTIVATIONS, Quantize, Recipe, Recover
 
-#: Widths of weight-only integers that onnxruntime computes with.
-ONNX_BITS = (4, 8)
 #: Scheme → where its arithmetic is done in hardware.
 HARDWARE = {
     "w8a8": "NVIDIA GPUs from compute capability 7.5 on and x86 CPUs with VNNI or AMX",
@@ -41,12 +39,6 @@ def check_runtimes(recipe: Recipe, found: Problems) -> None:
             if step.scheme in ACTIVATIONS:
                 hint = "take runtimes: {variants: [transformers]}; vLLM serves the checkpoint"
                 found.add(f"{path}.scheme", f"onnxruntime cannot load {step.scheme}: it rounds activations", hint)
-            elif step.scheme == "auto":
-                if 3 in step.choices:
-                    found.add(f"{path}.choices", "onnxruntime computes with 4 and 8 bits, not 3", "choices: [4, 8, 16]")
-            elif step.bits not in ONNX_BITS:
-                hint = "take w4a16 or w8a16, or runtimes: {variants: [transformers]}"
-                found.add(f"{path}.scheme", f"onnxruntime computes with 4 and 8 bits, not {step.bits}", hint)
             if step.kv_cache != "none":
                 hint = "remove `kv_cache`, or take runtimes: {variants: [transformers]}"
                 found.add(f"{path}.kv_cache", "onnxruntime cannot load the scales of a quantized KV cache", hint)
@@ -59,11 +51,14 @@ def check_runtimes(recipe: Recipe, found: Problems) -> None:
 
 
 def scheme_notes(recipe: Recipe) -> list[str]:
-    """What a reader must know of schemes whose arithmetic the `transformers` runtime only imitates."""
-    if "transformers" not in recipe.runtimes.variants:
-        return []
+    """What a reader must know of schemes that a runtime only imitates."""
     steps = [step for _, step in quantizers(recipe)]
-    notes = [
+    notes = []
+    if "onnxruntime" in recipe.runtimes.variants and any("w3a16" in (s.scheme, s.embedding) for s in steps):
+        notes.append("w3a16 in onnxruntime: it has no 3-bit integers, so each takes four bits there and reads as many")
+    if "transformers" not in recipe.runtimes.variants:
+        return notes
+    notes += [
         f"{scheme} in transformers: activations are rounded as its arithmetic would and multiplied in floating point, "
         f"so quality is {scheme}'s and speed is not. Hardware that has it: {HARDWARE[scheme]}"
         for scheme in ACTIVATIONS

@@ -178,26 +178,27 @@ def onnx_bytes(shape: ModelShape, step: Quantize | None, device: str) -> int:
 def onnx_tensors(shape: ModelShape, step: Quantize | None, device: str) -> Iterator[int]:
     """Bytes of each initializer that onnxruntime-genai's builder writes for a Llama-like decoder.
 
-    What is not quantized is float32 on the CPU and float16 on CUDA; a tied head is stored once, and beside the
-    embedding where it is quantized; q, k and v are merged. MatMulNBits holds for each layer (out, in) in groups of g:
-    uint8 integers (out, in/g, g·bits/8), scales (out · in/g), and if asymmetric uint8 zero points (out, ⌈in/g·bits/8⌉).
-    The rotary embedding's cosines and sines are two tables (positions, rotary size / 2).
+    What is not quantized is float32 on the CPU and float16 on CUDA; q, k and v are merged. A tied head is stored once,
+    unless it is quantized by a scheme of its own, and shares a quantized embedding. For each quantized matrix (out, in)
+    in groups of g there are uint8 integers (out, in/g, g·bits/8), scales (out · in/g), and if asymmetric uint8 zero
+    points (out, ⌈in/g·bits/8⌉); 3 bits take four. The rotary embedding's cosines and sines are two tables (positions,
+    rotary size / 2).
     """
     itemsize = 2 if device == "cuda" else 4
     chosen = quantized_layers(shape, step) if step else {}
-    matrices = {**shape.linears, shape.head_name: shape.head}
+    shared = shape.tied and shape.head_name not in chosen
+    matrices = {**shape.linears, shape.embedding_name: shape.head}
+    matrices |= {} if shared else {shape.head_name: shape.head}
     for name, parts in _merged(matrices, chosen).items():
         rows, columns = sum(matrices[part][0] for part in parts), matrices[name][1]
         if name not in chosen or step is None:
             yield rows * columns * itemsize
             continue
-        bits, groups = chosen[name][2], columns // step.group_size
+        bits, groups = max(4, chosen[name][2]), columns // step.group_size
         yield rows * columns * bits // 8
         yield rows * groups * itemsize
         if not step.symmetric:
             yield rows * ceil_div(groups * bits, 8)
-    if not shape.tied or shape.head_name in chosen:
-        yield math.prod(shape.head) * itemsize
     for parts in _merged(shape.others, chosen, ".bias").values():
         yield sum(shape.others[part] for part in parts) * itemsize
     yield from 2 * [shape.context * (shape.rotary_dim // 2) * itemsize]

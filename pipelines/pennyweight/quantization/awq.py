@@ -1,7 +1,7 @@
 """AWQ: scale up the inputs that matter before rounding, and let the layer in front scale them down again.
 
 Lin et al., «AWQ: Activation-aware Weight Quantization for On-Device LLM Compression and Acceleration», MLSys 2024. The
-scales are s = r^α, r being the root mean square of each input over the calibration text (the paper takes the mean of the
+scales are s = r^α, r being the root mean square of each input over the calibration text (in the paper, the mean of the
 absolute values); α is searched for the smallest error of the layers' outputs, which Σ x xᵀ gives without another pass.
 """
 

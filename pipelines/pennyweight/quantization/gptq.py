@@ -1,7 +1,7 @@
 """GPTQ: round column by column, and let the columns not yet rounded make up for each one's error.
 
-Frantar et al., «GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers», ICLR 2023. Columns are
-taken in the order of falling importance, each keeping the scale of its own group, so no index of groups is stored.
+Frantar et al., «GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers», ICLR 2023. Columns
+are taken in the order of falling importance, each keeping the scale of its own group, so no index of groups is stored.
 """
 
 from __future__ import annotations

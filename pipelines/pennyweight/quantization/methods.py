@@ -34,8 +34,8 @@ def quantize(
 ) -> dict[str, QuantizedLinear]:
     """Round the layers that `grids` names and put what they became in their place. Returns their integers.
 
-    `windows` are token ids (windows, tokens) to calibrate on. Layers outside the decoder's blocks, such as the head, are
-    rounded to nearest, since calibration sees blocks only. Raises StageError where a layer cannot be solved.
+    `windows` are token ids (windows, tokens) to calibrate on. Layers outside the decoder's blocks, such as the head,
+    are rounded to nearest, since calibration sees blocks only. Raises StageError where a layer cannot be solved.
     """
     layers: dict[str, QuantizedLinear] = {}
     embedding = decoder.embedding_name(model)

@@ -89,7 +89,7 @@ def unpack(packed: torch.Tensor, bits: int, shape: tuple[int, int], dim: int = 1
 
 
 def write(source: Path, target: Path, model: Any, layers: dict[str, QuantizedLinear]) -> None:
-    """Write `model` with `layers` as integers to `target`; what else is in `source`, such as its tokenizer, comes along.
+    """Write `model` with `layers` as integers to `target`; what else is in `source`, its tokenizer say, comes along.
 
     Tensors that are not quantized keep the dtypes that they have in `source`, and scales take that of their layer.
     """

@@ -43,8 +43,6 @@ def walk(model: Any, windows: torch.Tensor, batch: int, visit: Callable[[Block],
 
     `windows` are token ids (windows, tokens), `batch` of them go through together.
     """
-    import torch
-
     name, blocks = decoder.blocks(model)
     batches = list(windows.split(batch))
     if len(batches) > 1 and len(batches[-1]) != batch:

@@ -258,17 +258,18 @@ class Recover(Section):
     minutes: float | None = Field(None, gt=0)
     """Budget: time of the training itself. Another run may do other steps in it, and give other weights."""
     windows: int | None = Field(None, ge=1)
-    """Windows of text to learn on, read again in another order once used up. Left out: as many as the budget of steps or
-    tokens takes, 1,024 where only minutes end it."""
+    """Windows of text to learn on, read again in another order once used up. Left out: as many as the budget of
+    steps or tokens takes, 1,024 where only minutes end it."""
     batch: int = Field(4, ge=1)
     """Windows in a step."""
     length: int = Field(256, ge=16)
     """Tokens in a window."""
-    learning_rate: float = Field(0.005, gt=0, lt=1)
-    """Of AdamW, after a warm-up and before a cosine. A fraction of each scale, and of a norm's mean weight."""
+    learning_rate: float = Field(0.0015, gt=0, lt=1)
+    """Of AdamW, after a warm-up and before a cosine. A fraction of each scale, and of a norm's mean weight. 0.005
+    suits rtn, which leaves scales far from where they do best."""
     train: list[Literal["scales", "norms", "biases", "rounding", "low_rank"]] = Field(["scales", "norms"], min_length=1)
-    """What learns. rounding: every integer may move by one, to what learns best. low_rank: integers move by a product of
-    two thin matrices, rounded, which is merged into them. Without either the integers stay as they are."""
+    """What learns. rounding: every integer may move by one. low_rank: integers move by a product of two thin
+    matrices, rounded, which is merged into them. Without either the integers stay as they are."""
     rank: int = Field(16, ge=1)
     """low_rank: inner size of the product."""
     hidden: float = Field(0.0, ge=0)
