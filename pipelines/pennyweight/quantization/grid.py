@@ -1,8 +1,8 @@
 """The integers that weights are rounded to, and the scales that give them back.
 
 A group of weights along a layer's input shares one scale s and one zero z: w ≈ s · (q − z), 0 ≤ q < 2^bits. Without
-zero points z = 2^(bits−1). Scales are rounded to the dtype that they are stored in *before* anything is rounded by them,
-so what is computed here is what every runtime computes.
+zero points z = 2^(bits−1). Scales are rounded to the dtype that they are stored in *before* anything is rounded by
+them, so what is computed here is what every runtime computes.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def find_scales(
     """(scales, zeros) of a weight (out, in), each float32 (out, groups), scales being values of `dtype`.
 
     `max` lets the grid reach the group's extreme weights: s = 2·max|w| / (2^bits − 1), or (max − min) / (2^bits − 1)
-    with a zero point. `mse` takes the fraction of that range which makes Σ importance · (w − ŵ)² smallest; `importance` is
-    (in,), all alike where it is not given.
+    with a zero point. `mse` takes the fraction of that range which makes Σ importance · (w − ŵ)² smallest;
+    `importance` is (in,), all alike where it is not given.
     """
     import torch
 
