@@ -186,6 +186,10 @@ def write_tokenizer(folder: Path) -> None:
         (CONFIG | {"vocab_size": 130}, {"ignore": ["re:.*k_proj"]}, 166400),
         (CONFIG, {"head": "w8a16"}, 175232),
         (UNTIED, {"scheme": "w8a16", "head": "w4a16"}, 238208),
+        (CONFIG, {"embedding": "w8a16"}, 113792),
+        (CONFIG, {"embedding": "w4a16", "symmetric": False}, 106112),
+        (CONFIG, {"embedding": "w8a16", "head": "w4a16"}, 123392),
+        (UNTIED, {"scheme": "w3a16", "embedding": "w3a16", "symmetric": False}, 167552),
     ],
 )
 def test_onnx_bytes_equal_real_exports(config: dict, settings: dict | None, written: int) -> None:
@@ -397,6 +401,24 @@ def test_autoround_takes_longer_with_more_iterations(calm: Store) -> None:
 
     each = 3 * 2 * 2 * LAYER * 2 * 32 / (100e9 * constants.TRAINING_EFFICIENCY["float32"])
     assert seconds(1200) - seconds(200) == pytest.approx(1000 * each, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "found"),
+    [
+        (CONFIG, {}, ["variants.a.0.quantize.embedding"]),
+        (CONFIG, {"head": "w4a16", "ignore": []}, ["variants.a.0.quantize.head"]),
+        (CONFIG | {"tie_word_embeddings": False}, {}, []),
+    ],
+    ids=["shared with the head", "beside a head", "untied"],
+)
+def test_an_embedding_that_the_exporter_cannot_pack(
+    calm: Store, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], settings: dict[str, Any], found: list[str]
+) -> None:
+    monkeypatch.setattr(sources, "base_config", lambda base, store: config | {"vocab_size": 131})
+    quantize = {"scheme": "w4a16", "group_size": 32, "embedding": "w8a16", **settings}
+    made = make_plan(recipe({"a": [{"quantize": quantize}]}), calm)
+    assert [path for path, _ in problems(made)] == found
 
 
 def test_ignore_must_match_a_layer(calm: Store) -> None:

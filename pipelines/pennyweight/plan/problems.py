@@ -119,9 +119,11 @@ def _check_rows(
     """GPTQ's layout, which the ONNX exporter reads and gptqmodel writes, packs zero points along a layer's output into
     32-bit integers."""
     maker = "gptqmodel" if step.maker == "gptqmodel" else "onnxruntime's exporter"
+    keys = {shape.head_name: "head", shape.embedding_name: "embedding"}
     for name, (rows, _, bits) in layers.items():
-        if rows * bits % 32:
-            key = "head" if name == shape.head_name else "ignore"
+        own_embedding = name == shape.embedding_name and (not shape.tied or step.head != "none")  # not in that layout
+        if rows * bits % 32 and not own_embedding:
+            key = keys.get(name, "ignore")
             together = 32 // math.gcd(32, bits)
             message = f"{maker} packs {together} rows at a time, and {name} has {rows}"
             found.add(f"{path}.{key}", message, "leave it unquantized, or take another backend or runtime")
