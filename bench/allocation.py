@@ -1,6 +1,6 @@
 """What bits given layer by layer are worth: the embedded model, at exactly the bytes of two fixed rules.
 
-    python bench/allocation.py [--method rtn] [--choices 3 4 8] [--group-sizes 32 64 96 192] [--trials 40]
+    python bench/allocation.py [--method rtn] [--choices 3 4 8] [--group-sizes 32 64 192] [--trials 40]
 
 The rules are W4 in groups of 64 for every layer, and that with the first and the last block at 8 bits. Allocation sees
 BoolQ's passages; everything is judged on XSum's articles, which are text of another kind. Embedding and head stay as
@@ -84,7 +84,7 @@ def parse() -> Any:
         "--rules", nargs="+", choices=("uniform-4", "first-last-8"), default=("uniform-4", "first-last-8")
     )
     parser.add_argument("--choices", nargs="+", type=int, default=(3, 4, 8))
-    parser.add_argument("--group-sizes", nargs="+", type=int, default=(32, 64, 96, 192))
+    parser.add_argument("--group-sizes", nargs="+", type=int, default=(32, 64, 192))
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--samples", type=int, default=64, help="windows of calibration text (default 64)")
     parser.add_argument("--windows", type=int, default=16, help="windows of the text that is judged on (default 16)")
@@ -116,7 +116,7 @@ def auto(options: Any, size: int) -> Quantize:
             "choices": list(options.choices),
             "group_sizes": list(options.group_sizes),
             "calibrate": {"source": CALIBRATION, "samples": options.samples, "length": options.length},
-            "search": {"trials": options.trials, "windows": 8},
+            "search": {"trials": options.trials},
         }
     )
 
