@@ -181,7 +181,7 @@ def test_autoround_learns_the_rounding(tiny_model: Path, tmp_path: Path, scheme:
 def test_integers_in_gptq_layout_come_back(tiny_model: Path, tmp_path: Path, scheme: str, version: Any) -> None:
     step = Quantize(scheme=scheme, group_size=32, symmetric=version == "gptq")
     ours, theirs = round_to_nearest(tiny_model, tmp_path / "ours", step), tmp_path / "theirs"
-    gptq.write(ours, theirs, torch.bfloat16, version)
+    gptq.write(ours, theirs, read_quantized(ours), torch.bfloat16, version)
     found, stored = gptqmodel.read_layout(theirs, version, torch.bfloat16), read_quantized(ours)
     assert found.keys() == stored.keys()
     for name, layer in stored.items():
@@ -193,7 +193,7 @@ def test_integers_in_gptq_layout_come_back(tiny_model: Path, tmp_path: Path, sch
 def test_groups_that_are_not_neighbours_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     ours = round_to_nearest(tiny_model, tmp_path / "ours", Quantize(scheme="w4a16", group_size=32))
     theirs = tmp_path / "theirs"
-    gptq.write(ours, theirs, torch.bfloat16, "gptq")
+    gptq.write(ours, theirs, read_quantized(ours), torch.bfloat16, "gptq")
     tensors = load_file(theirs / "model.safetensors")
     name = "model.layers.0.mlp.up_proj"
     tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"].flip(0).contiguous()
