@@ -43,7 +43,7 @@ class ScaledLinear(torch.nn.Module):
     """y = x · (scales ∘ (integers − zeros))ᵀ + bias, whose scales learn, and its integers where `moves` says so.
 
     Scales learn by their logarithm: `change` is 0 at the start. With `by-one` every weight has a place between its two
-    neighbouring integers, which learns through the rounding (Bengio et al., 2013); with `low-rank` the places are a
+    neighbouring integers, which learns through the rounding (Bengio et al., 2013); with `low-rank` the places move by a
     product of two thin matrices (Bondarenko et al., LR-QAT, 2024), and the integers go as far as the grid does.
     """
 
@@ -54,6 +54,7 @@ class ScaledLinear(torch.nn.Module):
         self.register_buffer("integers", layer.integers.to(compute).view(rows, groups, -1))
         self.register_buffer("zeros", layer.zeros.to(compute).unsqueeze(-1))
         self.register_buffer("scales", layer.scales.float())
+        self.register_buffer("start", None)
         self.change = torch.nn.Parameter(torch.zeros_like(self.scales), requires_grad=False)
         self.bias = None if bias is None else torch.nn.Parameter(bias.to(compute), requires_grad=False)
         self.places: torch.nn.Parameter | None = None
@@ -62,18 +63,19 @@ class ScaledLinear(torch.nn.Module):
 
     def learn_places(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> list[Trainable]:
         """Let the integers move. `weight` (out, in) is what they were rounded from."""
-        rows, columns = weight.shape
-        if self._moves == "low-rank":
-            right = torch.randn(rank, columns, generator=generator) / columns**0.5
-            self.left = torch.nn.Parameter(torch.zeros(rows, rank, device=weight.device))
-            self.right = torch.nn.Parameter(right.to(weight.device))
-            return [Trainable(self.left, PLACES_RATE), Trainable(self.right, PLACES_RATE)]
         exact = weight.float().view_as(self.integers) / self.scales.unsqueeze(-1)
         residue = exact + self.zeros.float() - self.integers.float()
         # A method that looks further than the nearest integer has moved away from the weight on purpose.
         residue = torch.where(residue.abs() <= 0.5, residue.clamp(-MARGIN, MARGIN), 0.0)
-        self.places = torch.nn.Parameter(residue)
-        return [Trainable(self.places, PLACES_RATE)]
+        if self._moves == "by-one":
+            self.places = torch.nn.Parameter(residue)
+            return [Trainable(self.places, PLACES_RATE)]
+        rows, columns = weight.shape
+        right = torch.randn(rank, columns, generator=generator).to(weight.device)
+        self.start = residue
+        self.left = torch.nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        self.right = torch.nn.Parameter(right)
+        return [Trainable(self.left, PLACES_RATE / rank**0.5), Trainable(self.right, PLACES_RATE / rank**0.5)]
 
     def healed_scales(self) -> torch.Tensor:
         """float32 (out, groups), each a value of the dtype that it is stored in."""
@@ -85,9 +87,14 @@ class ScaledLinear(torch.nn.Module):
             moved = self.places.round().clamp_(-1, 1).to(self.integers.dtype)
             return moved.add_(self.integers).clamp_(0, self._top)
         if self.left is not None and self.right is not None:
-            moved = (self.left @ self.right).view_as(self.integers).round().to(self.integers.dtype)
-            return (self.integers + moved).clamp_(0, self._top)
+            moved = (self.start + self._product()).round_().to(self.integers.dtype)
+            return moved.add_(self.integers).clamp_(0, self._top)
         return self.integers
+
+    def _product(self) -> torch.Tensor:
+        """Where low-rank places have gone from their start, (out, groups, group size)."""
+        assert self.left is not None and self.right is not None
+        return (self.left @ self.right).view_as(self.integers)
 
     def moved(self) -> int:
         """Integers that are not what they were."""
@@ -100,8 +107,8 @@ class ScaledLinear(torch.nn.Module):
         with torch.no_grad():
             centred = self.healed_integers() - self.zeros
         places = self.places
-        if self.left is not None and self.right is not None:
-            places = (self.left @ self.right).view_as(self.integers)
+        if self.left is not None:
+            places = self._product()
         scales = self.healed_scales().to(inputs.dtype)
         return _ScaledProduct.apply(inputs, centred, scales, places) + (0 if self.bias is None else self.bias)
 
