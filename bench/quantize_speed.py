@@ -57,7 +57,7 @@ def job(layers: int, samples: int) -> tuple[Any, Any]:
 
     store = Store()
     checkpoint, _ = fetch_base(load_recipe("smollm2-135m-cpu").base, store)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32).eval().requires_grad_(False)
     model.model.layers = model.model.layers[:layers]
     model.config.num_hidden_layers = layers
     source = DataSource.model_validate(shipped.sources()["boolq-passages"])
