@@ -36,7 +36,7 @@ def _cells(made: Checkpoint) -> list[Html]:
 def _integers(rounding: Rounding | None) -> list[Html] | str:
     if rounding is None:
         return text.MISSING
-    lines = [f"{count} layers: {kind}" for kind, count in rounding.layers.items()]
+    lines = [f"{count} {'layer' if count == 1 else 'layers'}: {kind}" for kind, count in rounding.layers.items()]
     if found := rounding.allocation:
         uniform = min(found.uniform_kl.values(), default=None)
         beaten = "" if uniform is None else f"; the best uniform choice {text.number(uniform)}"
