@@ -6,8 +6,6 @@ which ours are; in files of others they are not, and it predicts something else 
 
 from __future__ import annotations
 
-from pennyweight.errors import StageError
-from pennyweight.formats.exported import Exported
 from pennyweight.formats.gguf.vocabulary import PIECES
 
 OPENVINO = "OpenVINO GenAI"
@@ -37,9 +35,3 @@ def notes(split: str) -> list[str]:
     if split in (PIECES, "smollm", "qwen2", "llama-bpe"):
         return []
     return [f"{OPENVINO} has no rules for words split as {split} does: hand it token ids, not text"]
-
-
-def refuse(engine: str, written: Exported) -> None:
-    """Raise StageError if the engine must not load the file."""
-    if why := written.unfit.get(engine):
-        raise StageError(f"{engine} cannot serve {written.path}: {why}", "llama.cpp can")
