@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
+#: Folder of a checkpoint that holds its LoRA adapter.
+ADAPTER = "adapter"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 #: A safetensors dtype's name in torch.
@@ -63,12 +65,13 @@ class Tensor:
 def describe(folder: Path, origin: str) -> Checkpoint:
     """What a checkpoint folder holds. `origin` is recorded as given.
 
-    `parameters` counts a packed integer tensor by the shape that it unpacks to, and a tied embedding once. Raises
+    `parameters` counts a packed integer tensor by the shape that it unpacks to, and a tied embedding once. An adapter
+    counts in everything. Raises
     SourceError for a folder without config.json or safetensors weights, with pickled weights, or with a broken file.
     """
     config = read_config(folder)
-    files = weight_files(folder)
-    tensors = read_headers(folder)
+    files = weight_files(folder) + sorted((folder / ADAPTER).glob("*.safetensors"))
+    tensors = [tensor for file in files for tensor in read_header(file)]
     quantization = quantization_config(folder)
     packed = bool(quantization) and quantization.get("quant_method") == "compressed-tensors"
     return Checkpoint(

@@ -373,10 +373,10 @@ def store_gc(older_than: float, as_json: bool) -> int:
 @friendly
 def doctor(as_json: bool) -> int:
     """Say what this machine has, and what each runtime can do here."""
-    from pennyweight import machine
+    from pennyweight import doctor as doctor_
     from pennyweight import show as show_
 
-    found = machine.doctor()
+    found = doctor_.doctor()
     if as_json:
         _print_json(found)
     else:

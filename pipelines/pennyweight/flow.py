@@ -130,7 +130,7 @@ class Looker:
         self._references: dict[tuple[int, frozenset[str]], tuple[stages.Part, stages.Reference]] = {}
         self.totals: dict[str, int] = {}
         _, reference = self._reference(0, set(run.recipe.evaluate.first_sizes()))
-        self.totals = stages.totals(run, base, data, reference)
+        self.totals = stages.totals(run, base, data, reference.totals)
 
     def look(self, candidate: Candidate) -> list[Look]:
         """What is seen of a candidate, and of the base on the same items, after each look that its verdict took."""

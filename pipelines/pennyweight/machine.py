@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import math
 import os
 import platform
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 from pydantic import Field
 
-from pennyweight.errors import StoreError, UsageError
+from pennyweight.errors import UsageError
+from pennyweight.installed import installed_version
 from pennyweight.records import Record
-from pennyweight.store import Store
 
 if TYPE_CHECKING:
     import torch
@@ -49,22 +48,6 @@ LIBRARIES = (
     "mlflow", "numpy", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-gpu",
     "pennyweight", "safetensors", "tokenizers", "torch", "transformers",
 )  # fmt: skip
-
-#: Wheels that overwrite each other's files: (for a CPU, for a GPU).
-RIVALS = (("onnxruntime", "onnxruntime-gpu"), ("onnxruntime-genai", "onnxruntime-genai-cuda"))
-
-#: Packages that each runtime needs. An element of several names is met by any of them; on a GPU by the last alone.
-RUNTIME_PACKAGES = {
-    "transformers": (("torch",), ("transformers",)),
-    "onnxruntime": (*RIVALS, ("onnx-ir",)),
-}
-
-#: Backends of quantization that are not part of this package → (what each needs, the extra that has it).
-BACKEND_PACKAGES = {
-    "llm-compressor": ("llmcompressor", "llm-compressor"),
-    "auto-round": ("auto-round", "auto-round"),
-    "gptqmodel": ("gptqmodel", "gpu"),
-}
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60  # cgroup v1 writes «no limit» as a number near 2^63
@@ -354,95 +337,7 @@ class PeakMemory:
         self.peak_bytes = max(self.peak_bytes, total)
 
 
-# --- what is installed ------------------------------------------------------------------------------------------------
-
-
-def installed_version(package: str) -> str | None:
-    """An installed distribution's version, without importing it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def extras() -> dict[str, dict[str, Any]]:
-    """Each extra of this package: whether it is installed, and which of its requirements are not met."""
-    from packaging.requirements import Requirement
-
-    missing: dict[str, list[str]] = {}
-    metadata = importlib.metadata.metadata("pennyweight")
-    for name in metadata.get_all("Provides-Extra") or []:
-        missing[name] = []
-        for text in importlib.metadata.requires("pennyweight") or []:
-            requirement = Requirement(text)
-            if not requirement.marker or not requirement.marker.evaluate({"extra": name}):
-                continue
-            if requirement.marker.evaluate({"extra": ""}):
-                continue  # needed anyway, not by this extra
-            version = installed_version(requirement.name)
-            if version is None or not requirement.specifier.contains(version, prereleases=True):
-                missing[name].append(f"{requirement.name}{requirement.specifier}")
-    return {name: {"installed": not wanted, "missing": wanted} for name, wanted in missing.items()}
-
-
-def conflicts() -> list[str]:
-    """Installed packages that overwrite each other's files, in words with the fix."""
-    wanted = "gpu" if has_gpu() else "cpu"
-    return [
-        f"{cpu} and {gpu} are both installed and overwrite each other's files: uninstall both, "
-        f"then pip install 'pennyweight[{wanted}]'"
-        for cpu, gpu in RIVALS
-        if installed_version(cpu) and installed_version(gpu)
-    ]
-
-
-def missing_packages(runtime: str, device: Literal["cpu", "cuda"] = "cpu") -> list[str]:
-    """Packages that a runtime needs on `device` and that are not installed."""
-    choices = [names[-1:] if device == "cuda" else names for names in RUNTIME_PACKAGES[runtime]]
-    return [names[0] for names in choices if not any(map(installed_version, names))]
-
-
-def runtime_report(runtime: str) -> dict[str, Any]:
-    """What a runtime can do here, what is missing, and the command that gets it."""
-    device = resolve_device("auto")
-    report: dict[str, Any] = {"installed": not missing_packages(runtime), "can": [], "missing": []}
-    if report["installed"]:
-        report["can"] = _transformers_can() if runtime == "transformers" else _onnxruntime_can()
-    else:
-        report["missing"] = missing_packages(runtime, device)
-    if report["installed"] and has_gpu() and not any(line.startswith("cuda") for line in report["can"]):
-        report["missing"] = missing_packages(runtime, device) or ["a build for this machine's GPU and driver"]
-    if report["missing"]:
-        report["get"] = _how_to_get(runtime, device)
-    return report
-
-
-def _how_to_get(runtime: str, device: str) -> str:
-    if runtime == "transformers":
-        return "install torch's CUDA build" if installed_version("torch") else "pip install pennyweight"
-    return f"pip install 'pennyweight[{'gpu' if device == 'cuda' else 'cpu'}]'"
-
-
-def _transformers_can() -> list[str]:
-    import torch
-
-    dtype = "bfloat16 in hardware" if has_native_bf16() else "float32 (bfloat16 only emulated, and slow)"
-    can = [f"cpu: {dtype}; quantized checkpoints are unpacked, so they judge quality and save nothing"]
-    if torch.cuda.is_available():
-        can.append(f"cuda: {torch.cuda.get_device_name(0)}")
-    return can
-
-
-def _onnxruntime_can() -> list[str]:
-    import onnxruntime
-
-    providers = onnxruntime.get_available_providers()
-    wide = {"avx512_vnni", "amx_int8", "asimddp"} & set(fingerprint()["isa"])
-    speed = "8-bit dot products in hardware" if wide else "without 8-bit dot products"
-    can = [f"cpu: float32, and 4-bit and 8-bit weights ({speed})"] if "CPUExecutionProvider" in providers else []
-    if "CUDAExecutionProvider" in providers and has_gpu():
-        can.append("cuda: float16, and 4-bit and 8-bit weights")
-    return can
+# --- what is free -----------------------------------------------------------------------------------------------------
 
 
 def release_memory() -> None:
@@ -460,62 +355,6 @@ def free_disk_bytes(folder: Path) -> int:
     """Free bytes on the disk that holds `folder`, or that would hold it."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
-
-
-def doctor(store: Store | None = None, network: bool = False) -> dict[str, Any]:
-    """What this machine has and lacks, as JSON. Asks the model hub only when `network` is true."""
-    from pennyweight import tracking as tracking_package
-
-    store = store or Store()
-    tracking = os.environ.get("MLFLOW_TRACKING_URI")
-    return {
-        "machine": {**fingerprint(), "threads": threads(), "native_bf16": has_native_bf16()},
-        "measured": measure().model_dump(mode="json") if installed_version("torch") else None,
-        "extras": extras(),
-        "conflicts": conflicts(),
-        "runtimes": {name: runtime_report(name) for name in RUNTIME_PACKAGES},
-        "store": {
-            "path": str(store.root),
-            "writable": _writable(store),
-            "free_disk_gb": round(free_disk_bytes(store.root) / 1e9, 1),
-        },
-        "tracking": {"uri": tracking_package.redact(tracking) if tracking else "the embedded SQLite store"},
-        "hub": _hub(network),
-        "versions": environment()["versions"],
-        "executable": sys.executable,
-    }
-
-
-def _writable(store: Store) -> bool:
-    try:
-        store.check_writable()
-    except StoreError:
-        return False
-    return True
-
-
-def _hub(network: bool) -> dict[str, Any]:
-    """The model hub's address, and whether it answers (None: not asked)."""
-    from huggingface_hub import constants
-
-    from pennyweight import tracking as tracking_package
-
-    offline = bool(constants.HF_HUB_OFFLINE)
-    reachable = _answers(constants.ENDPOINT) if network and not offline else None
-    return {"endpoint": tracking_package.redact(constants.ENDPOINT), "offline": offline, "reachable": reachable}
-
-
-def _answers(endpoint: str) -> bool:
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    try:
-        urlopen(Request(endpoint, method="HEAD"), timeout=5).close()
-    except HTTPError:
-        return True  # an answer, though not a page
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _read(path: Path) -> str:

@@ -10,11 +10,12 @@ import torch
 import yaml
 from test_flow import latest, pennyweight
 
-from pennyweight import checkpoints
+from pennyweight import checkpoints, formats, runtimes
 from pennyweight.errors import StageError
 from pennyweight.quantization.packed import read_quantized
 from pennyweight.recipe import Quantize, Recover
-from pennyweight.records import Checkpoint
+from pennyweight.records import Candidate, Checkpoint
+from pennyweight.runtimes import Session
 from pennyweight.steps import StepContext, recover
 from pennyweight.steps import quantize as quantize_step
 
@@ -124,6 +125,37 @@ def test_integers_move_only_where_the_recipe_says_so(
     assert healing.kl_after < healing.kl_before
 
 
+def test_an_adapter_is_kept_beside_the_integers(base: Checkpoint, rounded: Checkpoint, tmp_path: Path) -> None:
+    step = STEP.model_copy(update={"train": ["norms", "adapter"], "rank": 4, "steps": 20})
+    folder = tmp_path / "healed"
+    folder.mkdir()
+    healing = recover.run(rounded, step, context(base, step), folder)
+    before, after = (checkpoints.read_tensors(Path(path)) for path in (rounded.path, folder))
+    assert {n for n in before if not torch.equal(before[n], after[n])} == {
+        n for n in before if n.endswith("norm.weight")
+    }
+    made = checkpoints.describe(folder, "x")
+    assert made.weight_bytes == rounded.weight_bytes + 2 * 4 * 2 * (3 * (128 + 256) + 2 * (128 + 128) + 2 * (128 + 64))
+    assert healing.kl_after < healing.kl_before
+    windows = context(base, step).calibration[: step.held_out]
+    expected, found = (torch.log_softmax(loaded(checkpoint).logits(windows).float(), -1) for checkpoint in (base, made))
+    kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    assert kl == pytest.approx(healing.kl_after, rel=0.02)
+    with pytest.raises(StageError, match="has a LoRA adapter beside its integers, which gguf files cannot hold"):
+        formats.export(str(folder), "gguf", tmp_path / "model.gguf")
+    formats.export(str(folder), "compressed-tensors", tmp_path / "out")
+    assert checkpoints.describe(tmp_path / "out", "x").digest == made.digest
+
+
+def loaded(checkpoint: Checkpoint) -> Session:
+    """The checkpoint in the transformers runtime."""
+    candidate = Candidate(
+        id="x", variant="x", runtime="transformers", checkpoint=checkpoint, path=checkpoint.path, dtype="float32",
+        digest=checkpoint.digest, bytes=checkpoint.bytes, weight_bytes=checkpoint.weight_bytes,
+    )  # fmt: skip
+    return runtimes.get("transformers").load(candidate, "cpu")
+
+
 def test_it_stops_when_the_first_limit_is_reached(base: Checkpoint, rounded: Checkpoint, tmp_path: Path) -> None:
     by_tokens = STEP.model_copy(update={"steps": 50, "tokens": 3 * 8 * 32})
     found = recover.run(rounded, by_tokens, context(base, by_tokens), tmp_path)
@@ -157,6 +189,12 @@ def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp
     assert kl["int4-healed"] < kl["int4"]
     assert found["int4-healed"]["candidate"]["weight_bytes"] == found["int4"]["candidate"]["weight_bytes"]
     assert found["int4-healed"]["checkpoint"]["healing"]["steps"] == 20
+    exported = pennyweight(
+        "export", "runs/latest:int4-healed@onnxruntime", "--format", "gguf", "--to", "healed.gguf",
+        cwd=tmp_path, store=tmp_path / "store",
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+    assert "14 Q4_0" in exported.stdout
     recipe["variants"] = {"healed": [{"recover": healing}]}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     refused = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")

@@ -11,7 +11,6 @@ import pytest
 from pennyweight import machine
 from pennyweight.errors import UsageError
 from pennyweight.machine import PeakMemory
-from pennyweight.store import Store
 
 XEON = """\
 processor\t: 0
@@ -133,12 +132,10 @@ def test_gpus_that_cuda_would_see(visible: str | None, names: list[str]) -> None
         assert found == [{"name": "NVIDIA A10G", "memory_gib": 24.0, "driver": "570.1"}]
 
 
-def test_fingerprint_is_json_quick_and_stable() -> None:
+def test_fingerprint_is_json_and_stable() -> None:
     machine.gpus()
     machine.fingerprint.cache_clear()
-    begin = time.perf_counter()
     first = machine.fingerprint()
-    assert time.perf_counter() - begin < 0.1
     machine.fingerprint.cache_clear()
     assert machine.fingerprint() == first == json.loads(json.dumps(first))
     assert set(first) == {"cpu", "cores", "isa", "memory_gib", "gpus", "os", "python"}
@@ -172,55 +169,6 @@ def test_resolve_device(monkeypatch: pytest.MonkeyPatch, asked: str, gpus: list,
     assert machine.resolve_device(asked) == device
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    monkeypatch.setattr(machine, "installed_version", lambda name: "1.0" if name in names else None)
-
-
-def test_both_onnxruntimes_are_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "gpus", list)
-    installed(monkeypatch, "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")
-    (message,) = machine.conflicts()
-    assert "onnxruntime and onnxruntime-gpu" in message
-    assert "pennyweight[cpu]" in message
-    installed(monkeypatch, "onnxruntime", "onnxruntime-genai")
-    assert machine.conflicts() == []
-
-
-def test_missing_packages_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(monkeypatch, "onnxruntime", "onnxruntime-genai", "onnx-ir", "torch")
-    assert machine.missing_packages("onnxruntime", "cpu") == []
-    assert machine.missing_packages("onnxruntime", "cuda") == ["onnxruntime-gpu", "onnxruntime-genai-cuda"]
-    assert machine.missing_packages("transformers") == ["transformers"]
-    installed(monkeypatch, "onnxruntime-gpu", "onnxruntime-genai-cuda", "onnx-ir")
-    assert machine.missing_packages("onnxruntime", "cpu") == []
-
-
-def test_runtime_report_says_how_to_get_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "gpus", list)
-    installed(monkeypatch, "onnxruntime")
-    assert machine.runtime_report("onnxruntime") == {
-        "installed": False,
-        "can": [],
-        "missing": ["onnxruntime-genai", "onnx-ir"],
-        "get": "pip install 'pennyweight[cpu]'",
-    }
-
-
-def test_extras_name_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
-    requires = [
-        "click>=8",
-        "onnxruntime>=1.31; extra == 'cpu'",
-        "onnx-ir==1.1.0; extra == 'cpu'",
-        "ruff>=1; extra == 'dev'",
-    ]
-    monkeypatch.setattr(machine.importlib.metadata, "requires", lambda _: requires)
-    versions = {"onnxruntime": "1.30", "onnx-ir": "1.1.0", "ruff": "1.2"}
-    monkeypatch.setattr(machine, "installed_version", versions.get)
-    found = machine.extras()
-    assert found["cpu"] == {"installed": False, "missing": ["onnxruntime>=1.31"]}
-    assert found["dev"] == {"installed": True, "missing": []}
-
-
 def test_peak_memory_sees_a_passing_allocation() -> None:
     with PeakMemory(interval=0.01) as before:
         time.sleep(0.03)
@@ -237,18 +185,3 @@ def test_measured_speed_is_plausible() -> None:
     assert 0.5 < measured.read_gb_per_s < 5000
     assert 1 < measured.gflops_fp32 < 1e5
     assert 0.1 < measured.gflops_bf16 < 1e6
-
-
-def test_doctor_is_json_and_asks_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(
-        machine, "measure", lambda: machine.Measured(threads=1, read_gb_per_s=1, gflops_fp32=1, gflops_bf16=1)
-    )
-    monkeypatch.setattr(machine, "_answers", lambda _: pytest.fail("the hub was asked"))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example")
-    found = machine.doctor(Store(tmp_path / "not" / "there"))
-    text = json.dumps(found)
-    assert "secret" not in text
-    assert found["tracking"]["uri"] == "https://***@mlflow.example"
-    assert found["hub"]["reachable"] is None
-    assert found["store"]["writable"] is True
-    assert set(found["runtimes"]) == {"transformers", "onnxruntime"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pennyweight import machine, plan, sources
+from pennyweight import installed, machine, plan, sources
 from pennyweight.errors import SourceError
 from pennyweight.machine import Measured
 from pennyweight.plan import Plan, constants, make_plan, model_shape, sizes
@@ -71,8 +71,8 @@ def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
     monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
     monkeypatch.setattr(machine, "free_disk_bytes", lambda _: 10**12)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**12)
-    monkeypatch.setattr(machine, "missing_packages", lambda runtime, device: [])
-    monkeypatch.setattr(machine, "conflicts", list)
+    monkeypatch.setattr(installed, "missing_packages", lambda runtime, device: [])
+    monkeypatch.setattr(installed, "conflicts", lambda gpu: [])
     monkeypatch.setattr(sources, "base_config", lambda base, store: CONFIG)
     return Store(tmp_path)
 
@@ -361,7 +361,7 @@ def test_a_missing_backend_names_its_extra(
     calm: Store, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str, extra: str
 ) -> None:
     steps = {"a": [{"quantize": settings}], "b": [{"quantize": {"scheme": "w4a16", "group_size": 32}}]}
-    monkeypatch.setattr(machine, "installed_version", lambda package: None)
+    monkeypatch.setattr(installed, "installed_version", lambda package: None)
     made = make_plan(recipe(steps, runtimes=["transformers"]), calm)
     assert problems(made) == [("variants.a.0.quantize", message)]
     assert (made.problems[0].kind, made.problems[0].hint) == ("machine", f"pip install 'pennyweight[{extra}]'")
@@ -475,7 +475,7 @@ def test_an_unknown_model_type_is_refused(calm: Store, monkeypatch: pytest.Monke
 
 def test_missing_runtime_names_its_extra(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     lacks = {"onnxruntime": ["onnxruntime-genai"], "transformers": []}
-    monkeypatch.setattr(machine, "missing_packages", lambda runtime, device: lacks[runtime])
+    monkeypatch.setattr(installed, "missing_packages", lambda runtime, device: lacks[runtime])
     made = make_plan(recipe(), calm)
     assert made.missing_extras == ["cpu"]
     assert problems(made) == [("runtimes", "runtime onnxruntime needs onnxruntime-genai")]

@@ -31,6 +31,11 @@ def export(source: str, kind: str, target: Path) -> Exported:
     if kind == "gguf" and target.suffix != ".gguf":
         raise UsageError(f"{target} does not end in .gguf", "engines know a GGUF file by its name")
     folder = locate(source)
+    if kind != "compressed-tensors" and (folder / checkpoints.ADAPTER).is_dir():
+        raise StageError(
+            f"{folder} has a LoRA adapter beside its integers, which {kind} files cannot hold",
+            "export it to compressed-tensors, or heal with low_rank, which is merged into the integers",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as scratch:
         made = Path(scratch) / "made"

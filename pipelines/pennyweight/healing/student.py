@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MARGIN = 0.49
 #: Learning rate of places, in quantization steps, for a scale's, in fractions of itself.
 PLACES_RATE = 2.0
+#: Learning rate of an adapter's matrices for a scale's.
+ADAPTER_RATE = 0.3
 
 Moves = Literal["none", "by-one", "low-rank"]
 
@@ -60,6 +62,8 @@ class ScaledLinear(torch.nn.Module):
         self.places: torch.nn.Parameter | None = None
         self.left: torch.nn.Parameter | None = None
         self.right: torch.nn.Parameter | None = None
+        self.down: torch.nn.Parameter | None = None
+        self.up: torch.nn.Parameter | None = None
 
     def learn_places(self, weight: torch.Tensor, rank: int, generator: torch.Generator) -> list[Trainable]:
         """Let the integers move. `weight` (out, in) is what they were rounded from."""
@@ -76,6 +80,20 @@ class ScaledLinear(torch.nn.Module):
         self.left = torch.nn.Parameter(torch.zeros(rows, rank, device=weight.device))
         self.right = torch.nn.Parameter(right)
         return [Trainable(self.left, PLACES_RATE / rank**0.5), Trainable(self.right, PLACES_RATE / rank**0.5)]
+
+    def learn_adapter(self, rank: int, generator: torch.Generator) -> list[Trainable]:
+        """Add x · downᵀ · upᵀ, nothing at the start."""
+        rows, columns = len(self.scales), self.integers[0].numel()
+        down = (torch.rand(rank, columns, generator=generator) * 2 - 1) / columns**0.5
+        self.down = torch.nn.Parameter(down.to(self.scales.device))
+        self.up = torch.nn.Parameter(torch.zeros(rows, rank, device=self.scales.device))
+        return [Trainable(self.down, ADAPTER_RATE), Trainable(self.up, ADAPTER_RATE)]
+
+    def healed_adapter(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """down (rank, in) and up (out, rank), float32, each a value of the dtype that it is stored in."""
+        if self.down is None or self.up is None:
+            return None
+        return _through(self.down, self._stored), _through(self.up, self._stored)
 
     def healed_scales(self) -> torch.Tensor:
         """float32 (out, groups), each a value of the dtype that it is stored in."""
@@ -110,7 +128,11 @@ class ScaledLinear(torch.nn.Module):
         if self.left is not None:
             places = self._product()
         scales = self.healed_scales().to(inputs.dtype)
-        return _ScaledProduct.apply(inputs, centred, scales, places) + (0 if self.bias is None else self.bias)
+        output = _ScaledProduct.apply(inputs, centred, scales, places) + (0 if self.bias is None else self.bias)
+        if pair := self.healed_adapter():
+            down, up = (matrix.to(inputs.dtype) for matrix in pair)
+            output = output + (inputs @ down.T) @ up.T
+        return output
 
 
 class _ScaledProduct(torch.autograd.Function):
@@ -195,7 +217,7 @@ class Student:
             setattr(self.model.get_submodule(parent), child, scaled)
 
     def trainables(self, train: list[str], rank: int, seed: int) -> Iterator[Trainable]:
-        """What learns, of what the recipe names: scales, norms, biases, rounding, low_rank."""
+        """What learns, of what the recipe names in `train`."""
         generator = torch.Generator().manual_seed(seed)
         for name, layer in self.scaled.items():
             if "scales" in train:
@@ -204,6 +226,8 @@ class Student:
                 yield self._learn_stored(layer, "bias")
             if {"rounding", "low_rank"} & set(train):
                 yield from layer.learn_places(self._teacher.get_submodule(name).weight.data, rank, generator)
+            if "adapter" in train:
+                yield from layer.learn_adapter(rank, generator)
         if "norms" in train:
             for module in list(self.model.modules()):
                 if type(module).__name__.lower().endswith("norm") and getattr(module, "weight", None) is not None:
@@ -230,6 +254,11 @@ class Student:
                 if parametrize.is_parametrized(module):
                     tensors |= {f"{name}.{key}": getattr(module, key) for key in module.parametrizations}
         return tensors
+
+    def healed_adapter(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Layer → down (rank, in), up (out, rank), in the dtype of the checkpoint; empty where none has learnt."""
+        pairs = {name: layer.healed_adapter() for name, layer in self.scaled.items()}
+        return {name: (pair[0].to(self._stored), pair[1].to(self._stored)) for name, pair in pairs.items() if pair}
 
     def moved(self) -> int:
         """Integers that are not what they were."""

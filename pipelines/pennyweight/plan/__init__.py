@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pennyweight import machine
+from pennyweight import installed, machine
 from pennyweight.errors import SourceError, StoreError
 from pennyweight.machine import Measured
 from pennyweight.plan.constants import DOWNLOAD_BYTES_PER_SECOND
@@ -114,7 +114,7 @@ def _shape(recipe: Recipe, config: dict[str, Any] | None, found: Problems) -> Mo
     except (ValueError, KeyError, AttributeError) as error:
         if not recipe.base.trust_remote_code:
             reason = str(error).strip("'").splitlines()[0][:160]
-            known = f"transformers {machine.installed_version('transformers')} knows no decoder of this kind"
+            known = f"transformers {installed.installed_version('transformers')} knows no decoder of this kind"
             found.add("base", f"model type {config.get('model_type')!r}: {reason}", known)
         return None
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from pennyweight import machine
+from pennyweight import installed, machine
 from pennyweight.errors import StoreError, did_you_mean
 from pennyweight.plan.allocation import budget_problems
 from pennyweight.plan.constants import BASELINE_BYTES
@@ -33,11 +33,11 @@ def check_machine(recipe: Recipe, device: str, found: Problems) -> list[str]:
     """Extras that are missing; each also becomes a problem."""
     if device == "cuda" and not machine.has_gpu():
         found.add("device", "device is cuda, and this machine has no NVIDIA GPU", "--set device=cpu", "machine")
-    for message in machine.conflicts():
+    for message in installed.conflicts(machine.has_gpu()):
         found.add("", message, None, "machine")
     extras: list[str] = []
     for runtime in sorted({*recipe.runtimes.base, *recipe.runtimes.variants}):
-        if missing := machine.missing_packages(runtime, device):
+        if missing := installed.missing_packages(runtime, device):
             extra = "gpu" if device == "cuda" else "cpu"
             extras = [extra]
             hint = f"pip install 'pennyweight[{extra}]'"

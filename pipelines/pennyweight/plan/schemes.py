@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pennyweight import machine
+from pennyweight import installed
 from pennyweight.plan.problems import Problems
 from pennyweight.recipe import ACTIVATIONS, Quantize, Recipe, Recover
 
@@ -22,11 +22,11 @@ def check_backends(recipe: Recipe, device: str, found: Problems) -> list[str]:
     """Backends that cannot run here. Returns the extras that are missing."""
     extras: dict[str, None] = {}
     for path, step in quantizers(recipe):
-        package, extra = machine.BACKEND_PACKAGES.get(step.maker, (None, None))
+        package, extra = installed.BACKEND_PACKAGES.get(step.maker, (None, None))
         if step.maker == "gptqmodel" and device != "cuda":
             hint = "remove `backend`: pennyweight's own gptq runs here"
             found.add(f"{path}.backend", "gptqmodel runs on NVIDIA GPUs, and the device is the CPU", hint, "machine")
-        elif package and extra and machine.installed_version(package) is None:
+        elif package and extra and installed.installed_version(package) is None:
             extras[extra] = None
             found.add(path, f"{step.maker} is not installed", f"pip install 'pennyweight[{extra}]'", "machine")
     return list(extras)
@@ -44,10 +44,17 @@ def check_runtimes(recipe: Recipe, found: Problems) -> None:
                 found.add(f"{path}.kv_cache", "onnxruntime cannot load the scales of a quantized KV cache", hint)
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
+            path = f"variants.{variant}.{index}.recover"
+            if isinstance(step, Recover) and step.keeps_adapter:
+                if "onnxruntime" in recipe.runtimes.variants:
+                    hint = "take low_rank, which is merged, or runtimes: {variants: [transformers]}"
+                    found.add(f"{path}.train", "onnxruntime cannot load a checkpoint's adapter", hint)
+                if index + 1 < len(steps):
+                    found.add(f"{path}.train", "a step after this one would lose the adapter", "make it the last step")
             before = [b for b in steps[:index] if isinstance(b, Quantize) and b.scheme in ACTIVATIONS]
             if isinstance(step, Recover) and before:
                 message = f"recover trains the scales of packed integers, which {before[0].scheme} has none of"
-                found.add(f"variants.{variant}.{index}.recover", message, "quantize to w8a16, w4a16 or w3a16")
+                found.add(path, message, "quantize to w8a16, w4a16 or w3a16")
 
 
 def scheme_notes(recipe: Recipe) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pennyweight.recipe import ACTIVATIONS, PER_CHANNEL, Quantize, scheme_bits
+from pennyweight.recipe import ACTIVATIONS, PER_CHANNEL, Quantize, Recover, scheme_bits
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 #: The exported tensors that are counted are larger than this; scalars and tiny vectors stay inside the graph.
@@ -153,6 +153,14 @@ def packed_bytes(shape: ModelShape, step: Quantize) -> int:
             total -= rows * columns * itemsize
         total += layer_bytes(rows, columns, bits, step, itemsize)
     return total + (0 if step.kv_cache == "none" else 2 * shape.layers * itemsize)
+
+
+def adapter_bytes(shape: ModelShape, quantized: Quantize, step: Recover) -> int:
+    """Tensor bytes of the LoRA adapter that `step` adds to the blocks' quantized layers; 0 where it adds none."""
+    if not step.keeps_adapter:
+        return 0
+    layers = [shape.linears[name] for name in quantized_layers(shape, quantized) if name in shape.linears]
+    return ITEMSIZE[shape.dtype] * step.rank * sum(rows + columns for rows, columns in layers)
 
 
 def layer_bytes(rows: int, columns: int, bits: int, step: Quantize, itemsize: int) -> int:

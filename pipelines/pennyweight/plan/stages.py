@@ -38,7 +38,7 @@ from pennyweight.plan.job import (
 )
 from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
-from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes, onnx_bytes, packed_bytes
+from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, onnx_bytes, packed_bytes
 from pennyweight.recipe import Base, Quantize, Recover
 from pennyweight.store import RECORD, Store
 
@@ -126,7 +126,7 @@ def _steps(job: Job) -> Iterator[StageEstimate]:
 def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageEstimate:
     """The teacher reads each window once, the student three times over: forward, and twice backward."""
     quantized = step_of(job.recipe, variant)
-    weights = packed_bytes(shape, quantized) if quantized else None
+    weights = packed_bytes(shape, quantized) + adapter_bytes(shape, quantized, step) if quantized else None
     dtype = job.compute_dtype("transformers", False)
     seconds = None
     if job.measured is not None:

@@ -267,11 +267,14 @@ class Recover(Section):
     learning_rate: float = Field(0.0015, gt=0, lt=1)
     """Of AdamW, after a warm-up and before a cosine. A fraction of each scale, and of a norm's mean weight. 0.005
     suits rtn, which leaves scales far from where they do best."""
-    train: list[Literal["scales", "norms", "biases", "rounding", "low_rank"]] = Field(["scales", "norms"], min_length=1)
+    train: list[Literal["scales", "norms", "biases", "rounding", "low_rank", "adapter"]] = Field(
+        ["scales", "norms"], min_length=1
+    )
     """What learns. rounding: every integer may move by one. low_rank: integers move by a product of two thin
-    matrices, rounded, which is merged into them. Without either the integers stay as they are."""
+    matrices, rounded, which is merged into them. Without either the integers stay as they are. adapter: such a
+    product is added to each layer and kept beside it as a LoRA adapter, which transformers and vLLM load."""
     rank: int = Field(16, ge=1)
-    """low_rank: inner size of the product."""
+    """low_rank and adapter: inner size of the product."""
     hidden: float = Field(0.0, ge=0)
     """Weight in the loss of the last hidden states' relative squared distance from the base's."""
     held_out: int = Field(8, ge=1)
@@ -313,6 +316,11 @@ class Recover(Section):
     def moves(self) -> Literal["none", "by-one", "low-rank"]:
         """How integers may move."""
         return "by-one" if "rounding" in self.train else "low-rank" if "low_rank" in self.train else "none"
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """The result is larger by a LoRA adapter."""
+        return "adapter" in self.train
 
     @property
     def calibrate(self) -> Calibration:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pennyweight import machine
+from pennyweight import installed
 from pennyweight import recipe as schema
 from pennyweight.records import Checkpoint, Healing, Rounding
 from pennyweight.steps import quantize, recover
@@ -59,5 +59,5 @@ assert set(STEPS) == set(schema.STEPS)
 
 def libraries(step: schema.Step) -> tuple[str, ...]:
     """Distributions whose versions change what a step makes."""
-    backend = machine.BACKEND_PACKAGES.get(step.maker, ()) if isinstance(step, schema.Quantize) else ()
+    backend = installed.BACKEND_PACKAGES.get(step.maker, ()) if isinstance(step, schema.Quantize) else ()
     return (*STEPS[step.kind].libraries, *backend[:1])

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pennyweight import checkpoints, machine
+from pennyweight import checkpoints, installed
 from pennyweight.errors import StageError
 from pennyweight.plan.sizes import ModelShape, is_ignored, model_shape, packed_bytes
 from pennyweight.quantization import decoder, methods, packed, verify
@@ -56,8 +56,8 @@ def run(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Pat
 
 
 def _backend(name: str) -> Any:
-    package, extra = machine.BACKEND_PACKAGES[name]
-    if machine.installed_version(package) is None:
+    package, extra = installed.BACKEND_PACKAGES[name]
+    if installed.installed_version(package) is None:
         raise StageError(f"{name} is not installed", f"pip install 'pennyweight[{extra}]'")
     return importlib.import_module(f"pennyweight.steps.backends.{BACKENDS[name]}")
 

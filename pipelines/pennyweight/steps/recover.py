@@ -1,7 +1,7 @@
 """`recover`: heal a quantized checkpoint by training it to predict what its own base predicts.
 
 What is not an integer learns (Hinton et al., 2015; for quantized weights Chen et al., EfficientQAT, 2024), so the
-result has exactly the same size and format. Integers move only where the recipe says so.
+result has exactly the same size and format. Integers move, and an adapter is added, only where the recipe says so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight.errors import StageError
 from pennyweight.memory import out_of_memory_of
-from pennyweight.quantization import decoder
+from pennyweight.quantization import adapter, decoder
 from pennyweight.recipe import Recover
 from pennyweight.records import Checkpoint, Healing
 
@@ -44,6 +44,8 @@ def run(checkpoint: Checkpoint, step: Recover, context: StepContext, files: Path
         held_out, text = windows[: step.held_out], windows[step.held_out :]
         course = heal(student.model, teacher, trained, text, held_out, step, context.report)
     _write(Path(checkpoint.path), student.healed_tensors(), files)
+    if step.keeps_adapter:
+        adapter.write(files, student.healed_adapter(), step.rank)
     return Healing(
         steps=course.steps,
         tokens=course.tokens,

@@ -1,0 +1,152 @@
+"""From the base to candidates: fetch, apply the steps, export, prove that the export is the checkpoint."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pennyweight import machine, runtimes
+from pennyweight.errors import StageError
+from pennyweight.recipe import RuntimeName, Step
+from pennyweight.records import Candidate, Checkpoint, Parity
+from pennyweight.stages.run import Run, placed
+from pennyweight.stages.texts import Texts, calibration_name
+from pennyweight.store import folder_digest
+
+#: KL between an exported file and the checkpoint that it was made from, in nats per token, above which it is refused.
+PARITY_TOLERANCE = 0.02
+#: Nats that a token's log-probability may differ by where both compute in float32 and nothing is quantized.
+EXACT_TOLERANCE = 0.01
+REFERENCE_RUNTIME: RuntimeName = "transformers"
+
+
+def fetch_base(run: Run) -> Checkpoint:
+    """The base as a checkpoint on disk, digest checked."""
+    from pennyweight import sources
+
+    with run.stage("source", "base") as stage, stage.library():
+        checkpoint, stage.reused = sources.fetch_base(run.recipe.base, run.store)
+    return checkpoint
+
+
+def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, texts: Texts) -> Checkpoint:
+    """Apply a variant's steps to the base, one after the other."""
+    from pennyweight.steps import STEPS, StepContext, libraries
+
+    checkpoint, done = base, []
+    for index, step in enumerate(steps):
+        kind = STEPS[step.kind]
+        name = calibration_name(variant, index)
+        done.append(step.describe())
+        if name in texts.failures:
+            raise StageError(texts.failures[name])
+        inputs = {
+            "version": kind.version,
+            "checkpoint": checkpoint.digest,
+            "step": step.model_dump(mode="json", exclude={"calibrate"}),
+            **({"base": base.digest} if kind.needs_base else {}),
+            "calibration": texts.digests.get(name),
+            "seed": run.recipe.seed,
+            "device": run.device,
+            "libraries": runtimes.versions(libraries(step)),
+            "isa": machine.fingerprint().get("isa"),
+            "threads": machine.threads(),
+        }
+
+        def build(files: Path, kind: Any = kind, step: Any = step, name: str = name, before: Any = checkpoint) -> Any:
+            from pennyweight import checkpoints
+
+            expected = run.plan.expected_seconds(step.kind, variant) or 0.0
+            report = partial(run.progress.fraction, step.kind, expected=expected)
+            context = StepContext(run.device, run.recipe.seed, texts.load(name), base, report)
+            with stage.library():
+                outcome = kind.run(before, step, context, files)
+            made = checkpoints.describe(files, origin=" → ".join([base.origin, *done]))
+            past = {"rounding": before.rounding, "healing": before.healing}
+            return made.model_copy(update=past | {kind.record: outcome}).model_dump(mode="json")
+
+        with run.stage(step.kind, variant) as stage:
+            entry = run.store.get_or_build("step", inputs, build)
+            stage.reused = entry.reused
+        checkpoint = placed(Checkpoint, entry)
+    return checkpoint
+
+
+def export(run: Run, variant: str, runtime: RuntimeName, checkpoint: Checkpoint, texts: Texts) -> Candidate:
+    """A variant for one runtime. A runtime that loads checkpoints as they are has nothing to export."""
+    kind = runtimes.get(runtime)
+    name = f"{variant}@{runtime}"
+    dtype = kind.compute_dtype(checkpoint, run.device)
+    if kind.export is None:
+        return Candidate(
+            id=name, variant=variant, runtime=runtime, checkpoint=checkpoint, path=checkpoint.path,
+            digest=checkpoint.digest, bytes=checkpoint.bytes, weight_bytes=checkpoint.weight_bytes, dtype=dtype,
+        )  # fmt: skip
+    inputs = {
+        "checkpoint": checkpoint.digest,
+        "parity_text": texts.digests.get("parity"),
+        **runtimes.key(runtime, run.device),
+    }
+
+    def build(files: Path) -> dict[str, Any]:
+        with stage.library():
+            kind.export(checkpoint, run.device, files)
+        size, weight_bytes = kind.sizes(files)
+        candidate = Candidate(
+            id=name, variant=variant, runtime=runtime, checkpoint=checkpoint, path=str(files),
+            digest=folder_digest(files), bytes=size, weight_bytes=weight_bytes, dtype=dtype,
+        )  # fmt: skip
+        with stage.library():
+            parity = _check_parity(run, candidate, texts)
+        return candidate.model_copy(update={"parity": parity}).model_dump(mode="json")
+
+    with run.stage("export", name) as stage:
+        entry = run.store.get_or_build("export", inputs, build)
+        stage.reused = entry.reused
+    # Two variants can have the same weights, so the names are this run's and the files are the store's.
+    return placed(Candidate, entry).model_copy(update={"id": name, "variant": variant, "checkpoint": checkpoint})
+
+
+def _check_parity(run: Run, candidate: Candidate, texts: Texts) -> Parity | None:
+    """KL of the exported file against its own checkpoint. Raises StageError beyond the tolerance."""
+    import torch
+
+    from pennyweight.evaluate.divergence import token_kl
+
+    windows = texts.load("parity")
+    if windows is None:
+        return None
+    dtype = "float32" if run.device == "cpu" else candidate.checkpoint.dtype
+    own = candidate.model_copy(update={"path": candidate.checkpoint.path, "dtype": dtype})
+    session = runtimes.get(REFERENCE_RUNTIME).load(own, run.device)
+    expected = torch.log_softmax(session.logits(windows).float().cpu(), -1)
+    session.close()
+    session = runtimes.get(candidate.runtime).load(candidate, run.device)
+    found = torch.log_softmax(session.logits(windows).float().cpu(), -1)
+    session.close()
+    kl = token_kl(expected.flatten(0, 1), found.flatten(0, 1)).mean().item()
+    following = torch.from_numpy(windows)[:, 1:, None]
+    moved = (expected[:, :-1].gather(-1, following) - found[:, :-1].gather(-1, following)).abs()
+    quantized = runtimes.get(candidate.runtime).quantized_tensors(Path(candidate.path))
+    exact = own.dtype == "float32" and not quantized
+    if not kl <= PARITY_TOLERANCE:
+        raise StageError(
+            f"{candidate.id}: the exported file is not its checkpoint: KL {kl:.4f} > {PARITY_TOLERANCE} nats per token",
+            "this is a fault of the export, not of the model; another runtime may carry this variant",
+        )
+    if exact and not moved.max().item() <= EXACT_TOLERANCE:
+        raise StageError(
+            f"{candidate.id}: the exported file is not its checkpoint: a token's log-probability is off by "
+            f"{moved.max().item():.3g}, more than {EXACT_TOLERANCE}, and nothing in it is quantized",
+            "this is a fault of the export, not of the model; another runtime may carry this variant",
+        )
+    return Parity(
+        kl_mean=kl,
+        top1_agreement=(expected.argmax(-1) == found.argmax(-1)).float().mean().item(),
+        tokens=windows.size,
+        tolerance=PARITY_TOLERANCE,
+        delta_mean=moved.mean().item(),
+        delta_max=moved.max().item(),
+        quantized_tensors=quantized,
+    )

@@ -1,0 +1,201 @@
+"""Data sets and the token windows cut from them: to calibrate on, to judge on, to prompt with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pennyweight import datasets, runtimes, shipped
+from pennyweight.errors import StageError
+from pennyweight.records import Checkpoint
+from pennyweight.stages.run import Run
+from pennyweight.store import Entry, file_digest
+from pennyweight.suite import GENERATION, TaskRef
+
+if TYPE_CHECKING:
+    import numpy as np
+
+#: Windows, and the tokens of each, that an exported file is compared with its checkpoint on: enough that one odd token
+#: does not decide.
+PARITY_WINDOWS = 4
+PARITY_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows on disk, int64 (windows, length), by what they are for."""
+
+    folders: dict[str, Path]
+    digests: dict[str, str]
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why a variant's calibration text cannot be used; that variant's error and nobody else's."""
+    notes: list[str] = field(default_factory=list)
+
+    def load(self, name: str) -> np.ndarray | None:
+        import numpy as np
+
+        return np.load(self.folders[name] / "windows.npy") if name in self.folders else None
+
+    def documents(self, name: str) -> np.ndarray:
+        """The document that each token comes from, int32 (windows, length)."""
+        import numpy as np
+
+        return np.load(self.folders[name] / "documents.npy")
+
+
+def fetch_data(run: Run) -> dict[str, Path]:
+    """All data sets of the recipe as JSONL on disk, by name."""
+    with run.stage("data", ", ".join(run.recipe.data) or "none") as stage:
+        found = {}
+        for name, source in run.recipe.data.items():
+            found[name], reused = datasets.fetch(name, source, run.store)
+            stage.reused |= reused
+    return found
+
+
+def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
+    """Cut the texts that are calibrated on, evaluated on and used as prompts into windows of the base's tokens."""
+    recipe = run.recipe
+    wanted: dict[str, tuple[str, int, int, int]] = {}  # purpose → (data set, windows, length, seed)
+    for variant, steps in recipe.variants.items():
+        for index, step in enumerate(steps):
+            if step.calibrate:
+                c = step.calibrate
+                wanted[calibration_name(variant, index)] = (c.source, c.samples, c.length, recipe.seed)
+    suite = recipe.evaluate
+    for name, item in suite.texts().items():
+        wanted[text_name(name)] = (item.text, item.windows, item.length, suite.seed)
+    if suite.generation:
+        item = suite.generation
+        wanted[text_name(GENERATION)] = (item.text, item.prompts, item.input_tokens, suite.seed + 3)
+    known = [item.text for item in suite.texts().values()] + ([suite.generation.text] if suite.generation else [])
+    known += sorted(name for name, source in recipe.data.items() if source.text)
+    if known:
+        shape = recipe.benchmark.workload
+        parity_length = min(PARITY_LENGTH, suite.divergence.length) if suite.divergence else PARITY_LENGTH
+        wanted["parity"] = (known[0], PARITY_WINDOWS, parity_length, suite.seed + 1)
+        wanted["prompts"] = (known[0], max(recipe.benchmark.concurrency), shape.input_tokens, recipe.seed + 2)
+    folders, digests, failures = {}, {}, {}
+    with run.stage("data", "token windows") as stage:
+        stage.reused = True
+        for purpose, (source, count, length, seed) in wanted.items():
+            try:
+                entry = cut_windows(run, base, data[source], count, length, seed)
+            except StageError as error:
+                if not purpose.startswith("calibration/"):
+                    raise
+                failures[purpose] = str(error)
+                continue
+            stage.reused &= entry.reused
+            folders[purpose] = entry.files
+            digests[purpose] = entry.record["digest"]
+    return Texts(folders, digests, failures)
+
+
+def cut_windows(run: Run, base: Checkpoint, text: Path, count: int, length: int, seed: int) -> Entry:
+    """`count` windows of `length` tokens of a text, in the order that `seed` draws them; stored."""
+
+    def build(files: Path) -> dict[str, Any]:
+        import numpy as np
+
+        cut, owners = datasets.windows(load_tokenizer(base), datasets.texts(text), count, length, seed)
+        np.save(files / "windows.npy", cut)
+        np.save(files / "documents.npy", owners)
+        return {"digest": file_digest(files / "windows.npy")}
+
+    return run.store.get_or_build(
+        "windows", _text_key(base, text) | {"count": count, "length": length, "seed": seed}, build
+    )
+
+
+def _text_key(base: Checkpoint, text: Path) -> dict[str, Any]:
+    return {
+        "version": datasets.WINDOWS_VERSION,
+        "text": file_digest(text),
+        "tokenizer": tokenizer_digest(Path(base.path)),
+        "libraries": runtimes.versions(("tokenizers", "numpy")),
+    }
+
+
+def totals(run: Run, base: Checkpoint, data: dict[str, Path], items: dict[str, int]) -> dict[str, int]:
+    """Source of evidence → how many windows, items or prompts the data have; `items` are the tasks'. Counted only where
+    more may be drawn."""
+    suite = run.recipe.evaluate
+    if run.recipe.on_inconclusive != "extend":
+        return {}
+    lengths = {name: (item.text, item.length) for name, item in suite.texts().items()}
+    if suite.generation:
+        lengths[GENERATION] = (suite.generation.text, suite.generation.input_tokens)
+    found = dict(items)
+    with run.stage("data", "items to draw from") as stage:
+        stage.reused = True
+        for name, (text, length) in lengths.items():
+
+            def build(_: Path, text: str = text, length: int = length) -> dict[str, Any]:
+                return {"available": datasets.available(load_tokenizer(base), datasets.texts(data[text]), length)}
+
+            entry = run.store.get_or_build("available", _text_key(base, data[text]) | {"length": length}, build)
+            stage.reused &= entry.reused
+            found[name] = entry.record["available"]
+    return found
+
+
+def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Texts) -> Texts:
+    """Refuse variants that calibrate on what they are judged on; where their recipe allows it, note it instead."""
+    calibration = [name for name in texts.folders if name.startswith("calibration/")]
+    if not calibration:
+        return texts
+    suite = run.recipe.evaluate
+    judged: dict[str, str] = {name: texts.digests[name] for name in texts.digests if name.startswith("text/")}
+    judged |= {ref.task: file_digest(data[task_data(ref)]) for ref in suite.tasks if ref.origin == "pennyweight"}
+    failures, notes = dict(texts.failures), list(texts.notes)
+    with run.stage("data", "overlap check") as stage:
+        stage.reused = True
+        for name in calibration:
+            for against, digest in judged.items():
+
+                def build(_: Path, name: str = name, against: str = against) -> dict[str, Any]:
+                    evaluation = texts.load(against)
+                    if evaluation is None:
+                        ref = next(ref for ref in suite.tasks if ref.task == against)
+                        evaluation = datasets.question_tokens(load_tokenizer(base), data[task_data(ref)])
+                    spell = load_tokenizer(base).decode
+                    found = datasets.token_overlap(texts.load(name), evaluation, decode=spell)
+                    return found.model_dump(mode="json")
+
+                inputs = {"version": 3, "calibration": texts.digests[name], "evaluation": digest}
+                entry = run.store.get_or_build("overlap", inputs, build)
+                stage.reused &= entry.reused
+                variant, _, index = name.removeprefix("calibration/").rpartition("/")
+                calibrate = run.recipe.variants[variant][int(index)].calibrate
+                try:
+                    datasets.refuse_overlap(datasets.Overlap.model_validate(entry.record), variant)
+                except StageError as error:
+                    if calibrate and calibrate.allow_overlap:
+                        notes.append(f"Allowed by the recipe: {error}")
+                    else:
+                        failures[name] = str(error)
+    return replace(texts, failures=failures, notes=notes)
+
+
+def calibration_name(variant: str, index: int) -> str:
+    return f"calibration/{variant}/{index}"
+
+
+def text_name(name: str) -> str:
+    return f"text/{name}"
+
+
+def task_data(ref: TaskRef) -> str:
+    return shipped.tasks()[ref.task]["metadata"]["data"]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(checkpoint.path)
+
+
+def tokenizer_digest(folder: Path) -> list[list[str]]:
+    return [[path.name, file_digest(path)] for path in sorted(folder.glob("token*")) if path.is_file()]
