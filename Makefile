@@ -44,8 +44,10 @@ run: $(READY) ## run RECIPE
 plan: $(READY) ## say what RECIPE will take: sizes, memory, time, disk
 	$(PENNYWEIGHT) plan $(RECIPE)
 
+# Tests of tiny models run side by side, a file in one process, as its tests share models; the real model takes all cores.
 test: $(READY) ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not real" --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m real
 
 lint: $(READY) ## check style, formatting, and that generated files are fresh
 	$(BIN)/ruff check .

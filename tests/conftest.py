@@ -15,6 +15,9 @@ from pennyweight.quantization import reload
 
 PREDICT_AFRESH = reload.predict_afresh
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One of several test processes, each with a core of its own. Torch reads these when it is imported.
+    os.environ["OMP_NUM_THREADS"] = os.environ["PENNYWEIGHT_THREADS"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -394,6 +394,19 @@ def test_recover_needs_packed_integers(calm: Store) -> None:
     assert problem.message == "recover trains the scales of packed integers, which w8a8 has none of"
 
 
+def test_an_adapter_is_counted_and_needs_a_runtime_that_loads_it(calm: Store) -> None:
+    rounding = {"quantize": {"scheme": "w4a16", "group_size": 32}}
+    healing = {"recover": {"text": "wiki", "length": 32, "train": ["adapter"], "rank": 8}}
+    made = make_plan(recipe({"a": [rounding, healing]}, runtimes=["transformers"]), calm)
+    sides = 2 * (96 + 96) + 2 * (96 + 32) + 3 * (96 + 160)
+    assert made.weight_bytes("recover", "a") - made.weight_bytes("quantize", "a") == 2 * 8 * 2 * sides
+    (problem,) = make_plan(recipe({"a": [rounding, healing]}), calm).problems
+    assert problem.path == "variants.a.1.recover.train"
+    assert problem.message == "onnxruntime cannot load a checkpoint's adapter"
+    (problem,) = make_plan(recipe({"a": [rounding, healing, healing]}, runtimes=["transformers"]), calm).problems
+    assert problem.message == "a step after this one would lose the adapter"
+
+
 def test_autoround_takes_longer_with_more_iterations(calm: Store) -> None:
     def seconds(iterations: int) -> float:
         settings = {"scheme": "w4a16", "group_size": 32, "method": "autoround", "iterations": iterations, **TEXT}
