@@ -369,6 +369,49 @@ def store_gc(older_than: float, as_json: bool) -> int:
 
 
 @main.command()
+@click.argument("target")
+@click.option("--concurrency", type=int, multiple=True, help="Users, each with one request in flight; can be repeated.")
+@click.option("--rate", type=float, multiple=True, help="Requests a second, at random; can be repeated.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Replay arrivals and lengths: JSONL or CSV.")
+@click.option("--trace-speed", type=float, default=1.0, help="So many times as fast.")
+@click.option("--trace-length", type=float, default=1.0, help="So many times as long.")
+@click.option("--knee", type=int, metavar="USERS", help="Find the cheapest load that meets --slo, up to so many users.")
+@click.option("--workload", default="chat", show_default=True, help="A named shape, or tokens IN:OUT, as 512~0.5:128.")
+@click.option("--requests", type=click.IntRange(1), help="End a load after so many.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End a load after so long.")
+@click.option("--slo", metavar="LIMITS", help="Such as ttft_p95_ms=500,tpot_p95_ms=50.")
+@click.option("--price", help="A name of the price sheet, or dollars an hour.")
+@click.option("--model", help="Name at the server; needed where it serves several.")
+@click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
+@click.option("--tokenizer", help="Folder or name; prompts are then cut to exact tokens.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text file that prompts are cut from.")
+@click.option("--key-from", default="OPENAI_API_KEY", show_default=True, help="Variable that holds the server's key.")
+@click.option("--stop-at-eos", is_flag=True, help="Let the model end answers; else `ignore_eos` is asked for.")
+@click.option("--stall-seconds", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a row for each request.")
+@click.option("--vllm-json", "vllm_path", type=click.Path(path_type=Path), help="Write what `vllm bench serve` would.")
+@json_option
+@friendly
+def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **options: Any) -> int:
+    """Measure what a server gives at a load. TARGET is the URL of an OpenAI-compatible server.
+
+    A Ctrl-C ends the measurement and keeps what it has.
+    """
+    from pennyweight.load import bench as bench_
+    from pennyweight.load.command import Options, format_bench, prepare, write_files
+    from pennyweight.store import Store
+
+    measured = bench_.run(prepare(Options(**options), Store()), say)
+    write_files(measured, csv_path, vllm_path, options["tokenizer"])
+    if as_json:
+        _print_json(measured.report.model_dump(mode="json"))
+    else:
+        click.echo(format_bench(measured.report))
+    return EXIT_INTERRUPTED if measured.report.interrupted else 0
+
+
+@main.command()
 @json_option
 @friendly
 def doctor(as_json: bool) -> int:

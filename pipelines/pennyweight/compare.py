@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field
 
+from pennyweight.columns import columns
 from pennyweight.errors import UsageError, did_you_mean
 from pennyweight.evaluate import estimates
 from pennyweight.evaluate.evidence import REFERENCE_SAMPLES, SAMPLES_FOLDER, Row, read_rows
@@ -272,7 +273,7 @@ def format_comparison(found: Comparison, limit: int = 10) -> str:
     """For a terminal."""
     lines = [f"{found.ours} against {found.theirs}", ""]
     rows = [["", "ours", "theirs"], *map(list, found.facts)]
-    lines += [*_aligned(rows), "", *_aligned([_HEAD, *map(_metric_row, found.metrics)])]
+    lines += [*columns(rows), "", *columns([_HEAD, *map(_metric_row, found.metrics)])]
     lines += ["", *format_flips(found.flips, limit)]
     return "\n".join(lines).rstrip()
 
@@ -292,16 +293,6 @@ def _metric_row(metric: MetricComparison) -> list[str]:
         *counts,
         "–" if metric.mcnemar_p is None else f"{metric.mcnemar_p:.3f}",
         f"{metric.n:,}",
-    ]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
     ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pennyweight.columns import columns
 from pennyweight.errors import UsageError
 from pennyweight.gate import point_at
 from pennyweight.records import RUN_SCHEMA_VERSION, CandidateResult, RunRecord
@@ -70,11 +71,7 @@ def _table(record: RunRecord, decide_at: int) -> list[str]:
     metrics = _metric_names(record)
     head = ["candidate", "verdict", "MB", *metrics, "tok/s", "$/1M tokens", "saving"]
     rows = [head, *[_row(result, metrics, decide_at) for result in record.candidates]]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
+    return columns(rows, left=2)
 
 
 def _metric_names(record: RunRecord) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pennyweight.columns import columns
 from pennyweight.errors import Problem
 from pennyweight.plan.records import Plan, StageEstimate
 
@@ -18,8 +19,7 @@ def format_plan(plan: Plan) -> str:
     if plan.stages:
         rows = [("stage", "subject", "time", "memory", "disk", "download", "weights"), *map(_row, plan.stages)]
         rows.append(_totals(plan))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        table = [_line(row, widths) for row in rows]
+        table = columns(rows, left=2)
         rule = "-" * max(map(len, table))
         lines += [table[0], rule, *table[1:-1], rule, table[-1]]
     lines += [f"note: {note}" for note in [*plan.notes, *_stage_notes(plan)]]
@@ -43,11 +43,6 @@ def _totals(plan: Plan) -> tuple[str, ...]:
     at_least = "> " if any(stage.seconds is None for stage in plan.stages) else ""
     took = at_least + format_seconds(plan.seconds)
     return ("total", f"on {plan.device}", took, *map(format_bytes, sizes), "")
-
-
-def _line(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
-    return "  ".join(cells).rstrip()
 
 
 def _indented(problem: Problem) -> str:

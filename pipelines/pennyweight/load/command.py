@@ -1,0 +1,235 @@
+"""What the options of `pennyweight bench` mean, and how its outcome reads."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pennyweight import datasets, shipped
+from pennyweight.columns import columns
+from pennyweight.errors import UsageError, did_you_mean
+from pennyweight.load import peers
+from pennyweight.load.bench import BenchReport, Load, Measured, Settings, read_texts
+from pennyweight.load.http import Endpoint, served_model
+from pennyweight.load.report import LoadReport, is_drifting
+from pennyweight.load.workload import Prompts, parse_shape, read_trace
+from pennyweight.recipe import DataSource, Slo
+from pennyweight.records import Price
+from pennyweight.store import Store
+from pennyweight.tracking import redact
+
+#: Shipped text that prompts are cut from.
+TEXT = "xsum-documents"
+
+
+@dataclass(frozen=True)
+class Options:
+    """As they are given on the command line."""
+
+    target: str
+    model: str | None = None
+    api: Literal["completions", "chat"] = "completions"
+    workload: str = "chat"
+    concurrency: tuple[int, ...] = ()
+    rate: tuple[float, ...] = ()
+    trace: Path | None = None
+    trace_speed: float = 1.0
+    trace_length: float = 1.0
+    requests: int | None = None
+    seconds: float | None = None
+    slo: str | None = None
+    price: str | None = None
+    knee: int | None = None
+    text: Path | None = None
+    tokenizer: str | None = None
+    key_from: str = "OPENAI_API_KEY"
+    stop_at_eos: bool = False
+    stall_seconds: float = 60.0
+    seed: int = 0
+
+
+def prepare(options: Options, store: Store) -> Settings:
+    """Check all that can be checked without a request, then ask the server for its model and fetch the text.
+
+    Raises UsageError for a call that cannot work, StageError for a server that does not answer.
+    """
+    url = _url(options.target)
+    shape, loads = parse_shape(options.workload), _loads(options)
+    slo = None if options.slo is None else _slo(options.slo)
+    if options.knee and slo is None:
+        raise UsageError("--knee needs an SLO", "such as --slo ttft_p95_ms=500,tpot_p95_ms=50")
+    price = None if options.price is None else _price(options.price)
+    key = os.environ.get(options.key_from) or None
+    texts = read_texts(options.text) if options.text else _shipped_text(store)
+    model = options.model or asyncio.run(served_model(url, key))
+    return Settings(
+        endpoint=Endpoint(
+            url, model, options.api, key, ignore_eos=not options.stop_at_eos, stall_seconds=options.stall_seconds
+        ),
+        shape=shape,
+        prompts=Prompts(texts, _tokenizer(options.tokenizer)),
+        loads=loads,
+        requests=options.requests,
+        seconds=options.seconds,
+        slo=slo,
+        price=price,
+        knee_up_to=options.knee,
+        tokenizer=options.tokenizer,
+        seed=options.seed,
+    )
+
+
+def _url(target: str) -> str:
+    if not target.startswith(("http://", "https://")):
+        raise UsageError(f"{target!r} is no URL", "bench measures servers: http://HOST:PORT, without /v1")
+    return target.rstrip("/").removesuffix("/v1")
+
+
+def _loads(options: Options) -> tuple[Load, ...]:
+    if bad := [value for value in (*options.concurrency, *options.rate) if not value > 0]:
+        raise UsageError(f"a load of {bad[0]:g} asks for nothing")
+    loads = [Load(concurrency=users) for users in options.concurrency] + [Load(rate=rate) for rate in options.rate]
+    if options.trace:
+        if not (options.trace_speed > 0 and options.trace_length > 0):
+            raise UsageError("--trace-speed and --trace-length must be above 0")
+        loads.append(Load(trace=tuple(read_trace(options.trace, options.trace_speed, options.trace_length))))
+    if not loads and not options.knee:
+        loads = [Load(concurrency=1)]
+    return tuple(loads)
+
+
+def _slo(text: str) -> Slo:
+    limits = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in Slo.model_fields:
+            raise UsageError(f"unknown limit {name!r} in --slo", did_you_mean(name, list(Slo.model_fields)))
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            raise UsageError(f"--slo: {name} is {value!r}, not milliseconds") from None
+        if not limits[name] > 0:
+            raise UsageError(f"--slo: {name} must be above 0")
+    return Slo(**limits)
+
+
+def _price(text: str) -> Price:
+    """A name of the price sheet, or dollars an hour."""
+    prices = shipped.prices()
+    if text in prices:
+        return Price(**{"name": text, **prices[text]})
+    try:
+        usd_per_hour = float(text.removeprefix("$"))
+    except ValueError:
+        raise UsageError(f"unknown price {text!r}", f"{did_you_mean(text, list(prices))}; or dollars an hour") from None
+    if not usd_per_hour > 0:
+        raise UsageError(f"a price of {usd_per_hour:g} dollars an hour is none")
+    return Price(name="yours", usd_per_hour=usd_per_hour, purchase="custom", source="--price", date="")
+
+
+def _shipped_text(store: Store) -> list[str]:
+    path, _ = datasets.fetch(TEXT, DataSource(**shipped.sources()[TEXT]), store)
+    return list(datasets.texts(path))
+
+
+def _tokenizer(name: str | None) -> Any:
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no tokenizer {name!r}: {str(error).splitlines()[0]}", "name a model's folder") from None
+
+
+def write_files(measured: Measured, csv_path: Path | None, vllm_path: Path | None, tokenizer: str | None) -> None:
+    """Requests as CSV, and each load as `vllm bench serve` would write it. Raises UsageError."""
+    when = datetime.fromisoformat(measured.report.started_at)
+    try:
+        if csv_path:
+            with csv_path.open("w", newline="") as stream:
+                table = csv.writer(stream)
+                table.writerow(("load", *peers.COLUMNS))
+                for report, served in measured.requests:
+                    table.writerows((report.load, *row) for row in peers.rows(served))
+        if vllm_path:
+            name, loads = measured.report.model, measured.requests
+            shaped = [peers.vllm_bench(report, served, name, tokenizer, when) for report, served in loads]
+            vllm_path.write_text(json.dumps(shaped[0] if len(shaped) == 1 else shaped) + "\n")
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be written: {error.strerror}") from error
+
+
+def format_bench(report: BenchReport) -> str:
+    """A table with a row for each load, and what a reader must know of it."""
+    lines = [f"{report.model} at {redact(report.target)}, {report.workload}", ""]
+    every = report.loads + ([] if report.knee is None else report.knee.reports)
+    lines += columns([_header(report), *(_row(report, load) for load in every)])
+    lines.append("")
+    if report.knee:
+        lines.append(_knee_sentence(report))
+    for load in every:
+        if warning := is_drifting(load):
+            lines.append(f"warning: {load.load}: {warning}")
+        if load.failed:
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(load.failed.items()))
+            lines.append(f"warning: {load.load}: {counts}; for example: {load.messages[0]}")
+        if load.saturated:
+            lines.append(f"warning: {load.load}: stopped, since requests came faster than they were served")
+    if report.interrupted:
+        lines.append("stopped: what was measured until then stands above")
+    lines.append(f"the load generator used {report.client_cpu_share:.1%} of a core")
+    return "\n".join(lines)
+
+
+def _header(report: BenchReport) -> list[str]:
+    names = ["load", "requests", "req/s", "out tok/s", "tok/s a user", "TTFT p50", "p95", "TPOT p50", "p95", "E2E p95"]
+    names += ["meet the SLO"] if report.slo else []
+    return names + (["$/1M tokens", "$/1M output"] if report.price else [])
+
+
+def _row(report: BenchReport, load: LoadReport) -> list[str]:
+    speed, tpot = load.output_tokens_per_second, load.tpot_ms
+    row = [
+        load.load,
+        str(load.requests),
+        f"{load.requests_per_second:.3g}",
+        f"{speed.value:.1f} ({speed.low:.1f} to {speed.high:.1f})",
+        "" if load.tokens_per_second_per_user is None else f"{load.tokens_per_second_per_user:.1f}",
+        f"{load.ttft_ms.p50:.0f} ms",
+        f"{load.ttft_ms.p95:.0f} ms",
+        f"{tpot.p50:.1f} ms" if tpot else "",
+        f"{tpot.p95:.1f} ms" if tpot else "",
+        f"{load.latency_ms.p95:.0f} ms",
+    ]
+    if report.slo:
+        row.append(f"{load.slo_share.value:.0%} (≥ {load.slo_share.low:.0%})" if load.slo_share else "")
+    if report.price:
+        prices = (load.usd_per_1m_tokens, load.usd_per_1m_output_tokens)
+        row += [f"${price.value:.4g}" if price else "" for price in prices]
+    return row
+
+
+def _knee_sentence(report: BenchReport) -> str:
+    assert report.knee and report.slo
+    knee = report.knee
+    limits = ", ".join(f"{name} {value:g}" for name, value in report.slo.model_dump().items() if value is not None)
+    if knee.concurrency is None and knee.unclear:
+        return f"knee: too few requests to say whether {limits} is met by {knee.unclear[0]} users: raise --requests"
+    if knee.concurrency is None:
+        first = knee.reports[0] if knee.reports else None
+        off = ""
+        if first:
+            tpot = f" and a TPOT of {first.tpot_ms.p95:.1f} ms" if first.tpot_ms else ""
+            off = f"; one user alone gets a TTFT of {first.ttft_ms.p95:.0f} ms{tpot} at p95"
+        return f"knee: no load meets {limits}{off}"
+    price = "" if knee.usd_per_1m_tokens is None else f", ${knee.usd_per_1m_tokens:.4g} for a million tokens"
+    limit = " (the largest that was allowed)" if knee.at_the_limit else ""
+    return f"knee: {knee.concurrency} users{limit} at {limits}{price}"
