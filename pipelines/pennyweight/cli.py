@@ -412,6 +412,35 @@ def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **option
 
 
 @main.command()
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--price", help="Of the machine: a name of the price sheet, or dollars an hour.")
+@click.option("--api", metavar="IN:OUT", help="An API's dollars for a million tokens: when does hosting pay?")
+@click.option("--mix", metavar="IN:OUT", default="chat", show_default=True, help="Tokens of a request, for --api.")
+@json_option
+@friendly
+def cost(reports: tuple[Path, ...], price: str | None, api: str | None, mix: str, as_json: bool) -> int:
+    """Say what input, output and idle time cost, and when hosting pays.
+
+    REPORTS are files that `bench --json` printed, of one server at three or more mixes of input and output.
+    """
+    from pennyweight.load import card as card_
+    from pennyweight.load import command
+    from pennyweight.load.workload import parse_shape
+
+    shape = parse_shape(mix)
+    prices = command.parse_api_price(api) if api else None
+    usd_per_hour = command.parse_price(price).usd_per_hour if price else None
+    card = card_.fit([command.read_report(path) for path in reports], usd_per_hour)
+    pays = card_.break_even(card, shape.input.mean, shape.output.mean, *prices) if prices else None
+    if as_json:
+        found = {"card": card.model_dump(mode="json"), "break_even": pays and pays.model_dump(mode="json")}
+        _print_json(found)
+    else:
+        click.echo(command.format_card(card, pays))
+    return 0
+
+
+@main.command()
 @json_option
 @friendly
 def doctor(as_json: bool) -> int:

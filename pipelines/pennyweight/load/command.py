@@ -1,21 +1,25 @@
-"""What the options of `pennyweight bench` mean, and how its outcome reads."""
+"""What the options of `pennyweight bench` and `cost` mean, and how their outcome reads."""
 
 from __future__ import annotations
 
 import asyncio
 import csv
 import json
+import math
 import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from pennyweight import datasets, shipped
 from pennyweight.columns import columns
 from pennyweight.errors import UsageError, did_you_mean
 from pennyweight.load import peers
 from pennyweight.load.bench import BenchReport, Load, Measured, Settings, read_texts
+from pennyweight.load.card import BreakEven, PriceCard
 from pennyweight.load.http import Endpoint, served_model
 from pennyweight.load.report import LoadReport, is_drifting
 from pennyweight.load.workload import Prompts, parse_shape, read_trace
@@ -64,7 +68,7 @@ def prepare(options: Options, store: Store) -> Settings:
     slo = None if options.slo is None else _slo(options.slo)
     if options.knee and slo is None:
         raise UsageError("--knee needs an SLO", "such as --slo ttft_p95_ms=500,tpot_p95_ms=50")
-    price = None if options.price is None else _price(options.price)
+    price = None if options.price is None else parse_price(options.price)
     key = os.environ.get(options.key_from) or None
     texts = read_texts(options.text) if options.text else _shipped_text(store)
     model = options.model or asyncio.run(served_model(url, key))
@@ -119,7 +123,7 @@ def _slo(text: str) -> Slo:
     return Slo(**limits)
 
 
-def _price(text: str) -> Price:
+def parse_price(text: str) -> Price:
     """A name of the price sheet, or dollars an hour."""
     prices = shipped.prices()
     if text in prices:
@@ -233,3 +237,66 @@ def _knee_sentence(report: BenchReport) -> str:
     price = "" if knee.usd_per_1m_tokens is None else f", ${knee.usd_per_1m_tokens:.4g} for a million tokens"
     limit = " (the largest that was allowed)" if knee.at_the_limit else ""
     return f"knee: {knee.concurrency} users{limit} at {limits}{price}"
+
+
+def read_report(path: Path) -> BenchReport:
+    """What `pennyweight bench --json` printed. Raises UsageError."""
+    try:
+        return BenchReport.model_validate_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    except ValidationError as error:
+        raise UsageError(
+            f"{path} is no report of a benchmark: {error.errors()[0]['msg']}",
+            "`pennyweight bench URL --json` prints one",
+        ) from None
+
+
+def parse_api_price(text: str) -> tuple[float, float]:
+    """`IN:OUT` in dollars for a million tokens. Raises UsageError."""
+    into, _, out = text.partition(":")
+    try:
+        prices = float(into.removeprefix("$")), float(out.removeprefix("$"))
+    except ValueError:
+        raise UsageError(
+            f"--api {text!r} is no price", "dollars for a million tokens in and out, as 0.15:0.60"
+        ) from None
+    if min(prices) < 0 or not math.isfinite(sum(prices)):
+        raise UsageError(f"--api {text!r} is no price")
+    return prices
+
+
+def format_card(card: PriceCard, pays: BreakEven | None) -> str:
+    into, out = card.usd_per_1m_input, card.usd_per_1m_output
+    lines = [
+        f"a million input tokens   ${into.value:.4g}  (${into.low:.4g} to ${into.high:.4g})",
+        f"a million output tokens  ${out.value:.4g}  (${out.low:.4g} to ${out.high:.4g})",
+        f"an idle hour             ${card.usd_per_idle_hour:.4g}",
+        "",
+    ]
+    rows = [["tokens in", "out", "load", "s a request", "card says", "fitted without it"]]
+    rows += [
+        [
+            f"{mix.input_tokens:.0f}", f"{mix.output_tokens:.0f}", mix.load, f"{mix.seconds:.4g}", f"{mix.error:+.1%}",
+            "" if mix.held_out_error is None else f"{mix.held_out_error:+.1%}",
+        ]
+        for mix in card.mixes
+    ]  # fmt: skip
+    lines += columns(rows, left=0)
+    if pays:
+        lines += ["", _pays(pays)]
+    return "\n".join(lines)
+
+
+def _pays(pays: BreakEven) -> str:
+    mix = f"requests of {pays.input_tokens:.0f} tokens in and {pays.output_tokens:.0f} out"
+    if pays.requests_per_day is None:
+        full = pays.capacity * pays.api_usd_per_request
+        return (
+            f"do not self-host {mix}: this machine costs ${pays.usd_per_day:.2f} a day, and all that it can serve "
+            f"({pays.capacity:,.0f} requests) costs ${full:.2f} at the API"
+        )
+    return (
+        f"self-hosting {mix} pays from {pays.requests_per_day:,.0f} a day on ({pays.tokens_per_day:,.0f} tokens), "
+        f"where the machine is busy {pays.utilization:.0%} of the time"
+    )
