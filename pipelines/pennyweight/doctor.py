@@ -40,10 +40,11 @@ def runtime_report(runtime: str) -> dict[str, Any]:
     device = machine.resolve_device("auto")
     report: dict[str, Any] = {"installed": not installed.missing_packages(runtime), "can": [], "missing": []}
     if report["installed"]:
-        report["can"] = _transformers_can() if runtime == "transformers" else _onnxruntime_can()
+        report["can"] = _CAN[runtime]()
     else:
         report["missing"] = installed.missing_packages(runtime, device)
-    if report["installed"] and machine.has_gpu() and not any(line.startswith("cuda") for line in report["can"]):
+    runs_on_gpu = runtime != "openvino" and machine.has_gpu()
+    if report["installed"] and runs_on_gpu and not any(line.startswith("cuda") for line in report["can"]):
         report["missing"] = installed.missing_packages(runtime, device) or ["a build for this machine's GPU and driver"]
     if report["missing"]:
         report["get"] = _how_to_get(runtime, device)
@@ -53,7 +54,8 @@ def runtime_report(runtime: str) -> dict[str, Any]:
 def _how_to_get(runtime: str, device: str) -> str:
     if runtime == "transformers":
         return "install torch's CUDA build" if installed.installed_version("torch") else "pip install pennyweight"
-    return f"pip install 'pennyweight[{'gpu' if device == 'cuda' else 'cpu'}]'"
+    extra = "gpu" if device == "cuda" and runtime != "openvino" else "cpu"
+    return f"pip install 'pennyweight[{extra}]'"
 
 
 def _transformers_can() -> list[str]:
@@ -76,6 +78,14 @@ def _onnxruntime_can() -> list[str]:
     if "CUDAExecutionProvider" in providers and machine.has_gpu():
         can.append("cuda: float16, and 4-bit and 8-bit weights")
     return can
+
+
+def _openvino_can() -> list[str]:
+    dtype = "bfloat16" if machine.has_native_bf16() else "float32"
+    return [f"cpu: {dtype}, and 4-bit and 8-bit weights; continuous batching, keys and values in 8 bits"]
+
+
+_CAN = {"transformers": _transformers_can, "onnxruntime": _onnxruntime_can, "openvino": _openvino_can}
 
 
 def _writable(store: Store) -> bool:

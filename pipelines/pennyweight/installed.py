@@ -12,6 +12,7 @@ RIVALS = (("onnxruntime", "onnxruntime-gpu"), ("onnxruntime-genai", "onnxruntime
 RUNTIME_PACKAGES = {
     "transformers": (("torch",), ("transformers",)),
     "onnxruntime": (*RIVALS, ("onnx-ir",)),
+    "openvino": (("openvino-genai",),),
 }
 
 #: Backends of quantization that are not part of this package → (what each needs, the extra that has it).

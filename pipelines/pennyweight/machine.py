@@ -46,6 +46,7 @@ ISA_FLAGS = (
 LIBRARIES = (
     "accelerate", "auto-round", "compressed-tensors", "datasets", "gguf", "gptqmodel", "llmcompressor", "lm-eval",
     "mlflow", "numpy", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-gpu",
+    "openvino", "openvino-genai",
     "pennyweight", "safetensors", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 

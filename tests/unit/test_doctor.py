@@ -71,4 +71,4 @@ def test_doctor_is_json_and_asks_no_network(monkeypatch: pytest.MonkeyPatch, tmp
     assert found["tracking"]["uri"] == "https://***@mlflow.example"
     assert found["hub"]["reachable"] is None
     assert found["store"]["writable"] is True
-    assert set(found["runtimes"]) == {"transformers", "onnxruntime"}
+    assert set(found["runtimes"]) == {"transformers", "onnxruntime", "openvino"}

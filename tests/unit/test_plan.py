@@ -407,6 +407,26 @@ def test_an_adapter_is_counted_and_needs_a_runtime_that_loads_it(calm: Store) ->
     assert problem.message == "a step after this one would lose the adapter"
 
 
+@pytest.mark.parametrize(
+    ("settings", "key", "message"),
+    [
+        ({"group_size": 16}, "group_size", "openvino has no groups of 16: multiples of 32"),
+        ({"scheme": "w8a16", "symmetric": False}, "symmetric", "openvino has no zero points with 8-bit integers"),
+        ({"scheme": "w4a8"}, "scheme", "openvino cannot load w4a8: it rounds activations"),
+    ],
+)
+def test_what_openvino_cannot_load(calm: Store, settings: dict[str, Any], key: str, message: str) -> None:
+    steps = {"a": [{"quantize": {"scheme": "w4a16", "group_size": 32} | settings}]}
+    found = problems(make_plan(recipe(steps, runtimes=["transformers", "openvino"]), calm))
+    assert (f"variants.a.0.quantize.{key}", message) in found
+
+
+def test_openvino_is_for_cpus(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "L4", "memory_gib": 24.0, "driver": "1"}])
+    found = problems(make_plan(recipe(device="cuda", runtimes=["transformers", "openvino"]), calm))
+    assert ("runtimes", "openvino runs on CPUs, and the device is an NVIDIA GPU") in found
+
+
 def test_autoround_takes_longer_with_more_iterations(calm: Store) -> None:
     def seconds(iterations: int) -> float:
         settings = {"scheme": "w4a16", "group_size": 32, "method": "autoround", "iterations": iterations, **TEXT}

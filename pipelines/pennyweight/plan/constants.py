@@ -12,6 +12,7 @@ IMPORT_SECONDS = {
     "llmcompressor": 3.0,
     "auto-round": 3.0,
     "onnxruntime": 1.0,
+    "openvino": 1.0,
     "lm-eval": 4.0,
     "mlflow": 4.0,
 }
@@ -51,8 +52,8 @@ BASELINE_BYTES = {
 BUILDER_BYTES = 340 * MB
 #: Bytes for each weight of the largest quantized layer, at the moment when its integers are packed or repacked.
 PACKING_BYTES = {"quantize": 16, "export": 36}
-#: onnxruntime's memory for each byte of weights; some are kept a second time, rearranged for its kernels.
-ONNX_COPIES = 1.2
+#: A runtime's memory for each byte of exported weights; some are kept a second time, rearranged for its kernels.
+COPIES = {"onnxruntime": 1.2, "openvino": 2.5}
 #: Activations alive at once, in units of (tokens, intermediate size).
 ACTIVATION_COPIES = 12
 #: Tokens that an export's parity check scores, and those of one question with one answer.
@@ -88,6 +89,9 @@ EFFICIENCY = {
     ("onnxruntime", "float32"): Efficiency(0.70, 0.45, 0.42, 0.58, 1.0e-4),
     ("onnxruntime", "float16"): Efficiency(0.40, 0.30, 0.15, 0.58, 1.0e-4),
     ("onnxruntime", "integers"): Efficiency(0.80, 0.50, 0.40, 0.42, 1.0e-4),
+    ("openvino", "float32"): Efficiency(0.75, 0.60, 0.60, 0.70, 1.0e-4),
+    ("openvino", "bfloat16"): Efficiency(0.45, 0.35, 0.25, 0.70, 1.0e-4),
+    ("openvino", "integers"): Efficiency(0.80, 0.70, 0.70, 0.55, 1.0e-4),
 }
 
 #: Task → (items, requests an item, tokens a request), counted on the shipped data with a 49,152-word vocabulary.

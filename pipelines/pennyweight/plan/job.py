@@ -9,15 +9,15 @@ from pennyweight import machine
 from pennyweight.machine import Measured
 from pennyweight.plan.constants import (
     COMPARE_SECONDS_PER_LOGIT,
+    COPIES,
     EFFICIENCY,
     IMPORT_SECONDS,
-    ONNX_COPIES,
     QUESTION_TOKENS,
     SECONDS_PER_GB,
     TASK_SHAPES,
     UNKNOWN_TASK,
 )
-from pennyweight.plan.sizes import ITEMSIZE, ModelShape, ceil_div, dense_bytes, onnx_bytes, packed_bytes
+from pennyweight.plan.sizes import ITEMSIZE, ModelShape, ceil_div, dense_bytes, gguf_bytes, onnx_bytes, packed_bytes
 from pennyweight.recipe import Quantize, Recipe
 from pennyweight.store import Store
 
@@ -40,8 +40,10 @@ class Job:
 
     def compute_dtype(self, runtime: str, quantized: bool) -> str:
         """What a candidate multiplies in, as EFFICIENCY names it."""
+        if quantized and runtime != "transformers":
+            return "integers"
         if runtime == "onnxruntime":
-            return "integers" if quantized else {"cpu": "float32", "cuda": "float16"}[self.device]
+            return {"cpu": "float32", "cuda": "float16"}[self.device]
         assert self.shape
         native = self.device == "cuda" or (self.shape.dtype == "bfloat16" and machine.has_native_bf16())
         return self.shape.dtype if native else "float32"
@@ -49,10 +51,18 @@ class Job:
     def loaded_bytes(self, runtime: str, step: Quantize | None) -> int:
         """Memory that a loaded candidate's weights take."""
         assert self.shape
-        if runtime == "onnxruntime":
-            return int(ONNX_COPIES * onnx_bytes(self.shape, step, self.device))
+        if runtime in COPIES:
+            return int(COPIES[runtime] * exported_bytes(self, runtime, step))
         untied = math.prod(self.shape.head) if step and step.head != "none" and self.shape.tied else 0
         return (self.shape.parameters + untied) * ITEMSIZE[self.compute_dtype(runtime, step is not None)]
+
+
+def exported_bytes(job: Job, runtime: str, step: Quantize | None) -> int:
+    """Tensor bytes of what is exported for a runtime that does not load checkpoints."""
+    assert job.shape
+    if runtime == "openvino":
+        return gguf_bytes(job.shape, step)
+    return onnx_bytes(job.shape, step, job.device)
 
 
 def score_seconds(job: Job, runtime: str, dtype: str, tokens: int, batch_tokens: int) -> float | None:
@@ -140,7 +150,7 @@ def wave_seconds(
 def _streamed_bytes(job: Job, runtime: str, step: Quantize | None) -> int:
     """Bytes of weights that a decoding step reads: all but the embedding, of which it reads one row a request."""
     assert job.shape
-    weights = onnx_bytes(job.shape, step, job.device) if runtime == "onnxruntime" else job.loaded_bytes(runtime, step)
+    weights = job.loaded_bytes(runtime, step) if runtime == "transformers" else exported_bytes(job, runtime, step)
     itemsize = 4 if runtime == "onnxruntime" and job.device == "cpu" else ITEMSIZE[job.shape.dtype]
     separate = not job.shape.tied or (step is not None and step.head != "none")
     return weights - (math.prod(job.shape.head) * itemsize if separate else 0)
@@ -150,6 +160,6 @@ def candidate_bytes(job: Job, variant: str, runtime: str) -> int:
     step = step_of(job.recipe, variant)
     if job.shape is None:
         return 0
-    if runtime == "onnxruntime":
-        return onnx_bytes(job.shape, step, job.device)
+    if runtime != "transformers":
+        return exported_bytes(job, runtime, step)
     return packed_bytes(job.shape, step) if step else dense_bytes(job.shape)

@@ -36,6 +36,8 @@ def check_machine(recipe: Recipe, device: str, found: Problems) -> list[str]:
     for message in installed.conflicts(machine.has_gpu()):
         found.add("", message, None, "machine")
     extras: list[str] = []
+    if device == "cuda" and "openvino" in {*recipe.runtimes.base, *recipe.runtimes.variants}:
+        found.add("runtimes", "openvino runs on CPUs, and the device is an NVIDIA GPU", "--set device=cpu", "machine")
     for runtime in sorted({*recipe.runtimes.base, *recipe.runtimes.variants}):
         if missing := installed.missing_packages(runtime, device):
             extra = "gpu" if device == "cuda" else "cpu"

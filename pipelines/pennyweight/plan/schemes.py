@@ -14,6 +14,8 @@ HARDWARE = {
     "w4a8": "Arm CPUs with int8 dot products and Intel GPUs",
     "fp8": "NVIDIA GPUs from compute capability 8.9 on",
 }
+#: Weights in a block of GGUF's.
+BLOCK = 32
 #: Scheme of the KV cache → who keeps one.
 CACHES = {"fp8": "vLLM keeps such a cache", "int8": "vLLM keeps quantized caches in fp8 alone"}
 
@@ -34,21 +36,24 @@ def check_backends(recipe: Recipe, device: str, found: Problems) -> list[str]:
 
 def check_runtimes(recipe: Recipe, found: Problems) -> None:
     """Schemes that a runtime of the variants cannot load, and healing that they do not allow."""
-    if "onnxruntime" in recipe.runtimes.variants:
+    exporting = [runtime for runtime in recipe.runtimes.variants if runtime != "transformers"]
+    for runtime in exporting:
         for path, step in quantizers(recipe):
             if step.scheme in ACTIVATIONS:
                 hint = "take runtimes: {variants: [transformers]}; vLLM serves the checkpoint"
-                found.add(f"{path}.scheme", f"onnxruntime cannot load {step.scheme}: it rounds activations", hint)
+                found.add(f"{path}.scheme", f"{runtime} cannot load {step.scheme}: it rounds activations", hint)
             if step.kv_cache != "none":
                 hint = "remove `kv_cache`, or take runtimes: {variants: [transformers]}"
-                found.add(f"{path}.kv_cache", "onnxruntime cannot load the scales of a quantized KV cache", hint)
+                found.add(f"{path}.kv_cache", f"{runtime} cannot load the scales of a quantized KV cache", hint)
+            if runtime == "openvino":
+                _check_blocks(path, step, found)
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
             path = f"variants.{variant}.{index}.recover"
             if isinstance(step, Recover) and step.keeps_adapter:
-                if "onnxruntime" in recipe.runtimes.variants:
+                if exporting:
                     hint = "take low_rank, which is merged, or runtimes: {variants: [transformers]}"
-                    found.add(f"{path}.train", "onnxruntime cannot load a checkpoint's adapter", hint)
+                    found.add(f"{path}.train", f"{exporting[0]} cannot load a checkpoint's adapter", hint)
                 if index + 1 < len(steps):
                     found.add(f"{path}.train", "a step after this one would lose the adapter", "make it the last step")
             before = [b for b in steps[:index] if isinstance(b, Quantize) and b.scheme in ACTIVATIONS]
@@ -57,12 +62,28 @@ def check_runtimes(recipe: Recipe, found: Problems) -> None:
                 found.add(path, message, "quantize to w8a16, w4a16 or w3a16")
 
 
+def _check_blocks(path: str, step: Quantize, found: Problems) -> None:
+    """OpenVINO reads GGUF, whose blocks hold 32 weights, and zero points with 4 bits alone."""
+    if step.scheme in ACTIVATIONS:
+        return
+    for size in step.candidate_sizes:
+        if size % BLOCK:
+            hint = "take 32, 64 or 128"
+            found.add(f"{path}.group_size", f"openvino has no groups of {size}: multiples of {BLOCK}", hint)
+    if not step.symmetric and {"w8a16", "auto"} & {step.scheme, step.head, step.embedding}:
+        found.add(f"{path}.symmetric", "openvino has no zero points with 8-bit integers", "take symmetric: true")
+
+
 def scheme_notes(recipe: Recipe) -> list[str]:
     """What a reader must know of schemes that a runtime only imitates."""
     steps = [step for _, step in quantizers(recipe)]
     notes = []
-    if "onnxruntime" in recipe.runtimes.variants and any("w3a16" in (s.scheme, s.embedding) for s in steps):
-        notes.append("w3a16 in onnxruntime: it has no 3-bit integers, so each takes four bits there and reads as many")
+    if any("w3a16" in (s.scheme, s.embedding) for s in steps):
+        notes += [
+            f"w3a16 in {runtime}: it has no 3-bit integers, so each takes four bits there and reads as many"
+            for runtime in recipe.runtimes.variants
+            if runtime != "transformers"
+        ]
     if "transformers" not in recipe.runtimes.variants:
         return notes
     notes += [

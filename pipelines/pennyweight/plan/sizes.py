@@ -183,6 +183,27 @@ def onnx_bytes(shape: ModelShape, step: Quantize | None, device: str) -> int:
     return sum(size for size in onnx_tensors(shape, step, device) if size > ONNX_SMALL_BYTES)
 
 
+def gguf_bytes(shape: ModelShape, step: Quantize | None) -> int:
+    """Tensor bytes of an exported GGUF file.
+
+    32 weights are 18 bytes in Q4_0 (3 and 4 bits), 20 with zero points (Q4_1), 34 in Q8_0; other matrices are float16,
+    or as they are where that would round them, and vectors float32. A tied head is stored once, unless it is quantized
+    by a scheme of its own.
+    """
+    chosen = quantized_layers(shape, step) if step else {}
+    matrices = {**shape.linears, shape.embedding_name: shape.head}
+    if not shape.tied or shape.head_name in chosen:
+        matrices[shape.head_name] = shape.head
+    total = 4 * sum(count for name, count in shape.others.items() if not name.endswith(".inv_freq"))
+    for name, (rows, columns) in matrices.items():
+        if name not in chosen or step is None:
+            total += rows * columns * (4 if shape.dtype == "float32" else 2)
+        else:
+            block = 34 if chosen[name][2] > 4 else 18 if step.symmetric else 20
+            total += rows * columns // 32 * block
+    return total
+
+
 def onnx_tensors(shape: ModelShape, step: Quantize | None, device: str) -> Iterator[int]:
     """Bytes of each initializer that onnxruntime-genai's builder writes for a Llama-like decoder.
 

@@ -28,6 +28,7 @@ from pennyweight.plan.job import (
     candidate_bytes,
     compare_seconds,
     divergence_tokens,
+    exported_bytes,
     generation_seconds,
     per_gb,
     rate,
@@ -38,7 +39,7 @@ from pennyweight.plan.job import (
 )
 from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
-from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, onnx_bytes, packed_bytes
+from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, packed_bytes
 from pennyweight.recipe import Base, Quantize, Recover
 from pennyweight.store import RECORD, Store
 
@@ -151,22 +152,23 @@ def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageE
 
 def _exports(job: Job) -> Iterator[StageEstimate]:
     for variant, runtime in job.recipe.candidates():
-        if runtime != "onnxruntime":
+        if runtime == "transformers":
             continue
         subject, step = f"{variant}@{runtime}", step_of(job.recipe, variant)
         if job.shape is None:
             yield _unknown("export", subject)
             continue
         source = packed_bytes(job.shape, step) if step else dense_bytes(job.shape)
-        weights = onnx_bytes(job.shape, step, job.device)
+        weights = exported_bytes(job, runtime, step)
         scoring = [
             score_seconds(job, "transformers", job.compute_dtype("transformers", False), PARITY_TOKENS, PARITY_TOKENS),
             score_seconds(job, runtime, job.compute_dtype(runtime, step is not None), PARITY_TOKENS, PARITY_TOKENS),
         ]
         seconds = None
         if None not in scoring:
-            building = BUILDER_SECONDS + per_gb("export", source + weights) + per_gb("load", source + weights)
+            building = per_gb("export", source + weights) + per_gb("load", source + weights)
             building += per_gb("repack", source + weights) if step else 0.0
+            building += BUILDER_SECONDS if runtime == "onnxruntime" else 0.0
             seconds = job.imports("transformers", runtime) + building + sum(scoring)
         yield StageEstimate(
             stage="export", subject=subject, seconds=seconds, disk_bytes=weights, weight_bytes=weights,

@@ -13,7 +13,7 @@ from pennyweight.recipe.steps import Step, step_by_kind
 from pennyweight.schema import Digest, Name, Section
 from pennyweight.suite import Condition, Suite
 
-RuntimeName = Literal["transformers", "onnxruntime"]
+RuntimeName = Literal["transformers", "onnxruntime", "openvino"]
 
 
 class Base(Section):

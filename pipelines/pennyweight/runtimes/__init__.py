@@ -70,12 +70,16 @@ class RuntimeKind:
     """Exported files → bytes of the weight files, and of the tensors in them."""
     quantized_tensors: Callable[[Path], int] | None = None
     """Exported files → how many of the tensors in them are quantized."""
+    exact: bool = True
+    """What is not quantized is computed in the dtype that `compute_dtype` says, the KV cache included."""
 
 
 def get(name: RuntimeName) -> RuntimeKind:
     """The runtime of that name. Imports it, and so the libraries that it needs only when it is used."""
     if name == "onnxruntime":
         from pennyweight.runtimes import onnxruntime as module
+    elif name == "openvino":
+        from pennyweight.runtimes import openvino as module
     else:
         from pennyweight.runtimes import transformers as module
     return module.RUNTIME

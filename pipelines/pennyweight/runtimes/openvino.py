@@ -1,0 +1,181 @@
+"""The `openvino` runtime: OpenVINO GenAI reads the checkpoint's integers from a GGUF file, and batches continuously.
+
+What is judged is what serves: the same precisions and the same dynamic quantization of activations in both halves.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pennyweight import machine
+from pennyweight.errors import StageError
+from pennyweight.formats import gguf
+from pennyweight.records import Candidate, Checkpoint
+from pennyweight.runtimes import Generation, RuntimeKind
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+MODEL = "model.gguf"
+#: Tokens of prompts that are read in one step of the scheduler.
+BATCHED_TOKENS = 2048
+
+
+def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
+    """OpenVINO's own choice on a CPU: bfloat16 where the machine multiplies it."""
+    return "bfloat16" if machine.has_native_bf16() else "float32"
+
+
+def export(checkpoint: Checkpoint, device: str, files: Path) -> None:
+    """Write the GGUF file. Raises StageError where GGUF cannot hold the checkpoint, or OpenVINO would misread it."""
+    written = gguf.write(Path(checkpoint.path), files / MODEL)
+    if reason := written.unfit.get("OpenVINO GenAI"):
+        raise StageError(f"OpenVINO GenAI would misread this checkpoint: {reason}", "take another runtime")
+
+
+def sizes(files: Path) -> tuple[int, int]:
+    """Bytes of the file, and of the tensors in it."""
+    from gguf import GGUFReader
+
+    return (files / MODEL).stat().st_size, sum(int(tensor.n_bytes) for tensor in GGUFReader(files / MODEL).tensors)
+
+
+def quantized_tensors(files: Path) -> int:
+    from gguf import GGUFReader
+
+    return sum(tensor.tensor_type.name.startswith("Q") for tensor in GGUFReader(files / MODEL).tensors)
+
+
+class OpenVinoSession:
+    """Scores through the graph that OpenVINO GenAI makes of the file, generates through its continuous batching; each
+    is loaded when first used."""
+
+    def __init__(self, candidate: Candidate, device: str):
+        self._file = Path(candidate.path) / MODEL
+        self._scorer: Any = None
+        self._generator: Any = None
+        self.context: int | None = _context(self._file)
+
+    def logits(self, ids: np.ndarray) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        request = self._load_scorer()
+        request.reset_state()
+        places = np.arange(ids.shape[1], dtype=np.int64)[None].repeat(len(ids), 0)
+        done = request.infer(
+            {
+                "input_ids": np.ascontiguousarray(ids, np.int64),
+                "attention_mask": np.ones(ids.shape, np.int64),
+                "position_ids": places,
+                "beam_idx": np.arange(len(ids), dtype=np.int32),
+            },
+            share_outputs=True,
+        )
+        return torch.from_numpy(done["logits"])
+
+    def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
+        import numpy as np
+        import openvino
+        import openvino_genai
+
+        pipeline = self._load_generator()
+        settings = openvino_genai.GenerationConfig()
+        settings.max_new_tokens, settings.do_sample, settings.ignore_eos = new_tokens, False, not stop
+        if stop:
+            settings.eos_token_id = pipeline.get_tokenizer().get_eos_token_id()
+            settings.stop_token_ids = {settings.eos_token_id}
+        start = time.perf_counter()
+        handles = [
+            pipeline.add_request(row, openvino.Tensor(np.ascontiguousarray(prompt[None], np.int64)), settings)
+            for row, prompt in enumerate(ids)
+        ]
+        answers: list[list[int]] = [[] for _ in handles]
+        reached: list[float] = []  # when every request that goes on has so many tokens
+        while pipeline.has_non_finished_requests():
+            pipeline.step()
+            now = time.perf_counter()
+            for handle, answer in zip(handles, answers):
+                while handle.can_read():
+                    answer += handle.read()[0].generated_ids
+            shortest = min(map(len, answers))
+            reached += [now] * (shortest - len(reached))
+        end = _end(answers)
+        tokens = np.array([answer + [end] * (max(map(len, answers)) - len(answer)) for answer in answers], np.int64)
+        reached = reached or [time.perf_counter()]
+        return Generation(reached[0] - start, np.diff(reached).tolist(), tokens)
+
+    def close(self) -> None:
+        import gc
+
+        self._scorer = self._generator = None
+        gc.collect()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"INFERENCE_NUM_THREADS": machine.threads()}
+
+    def _load_scorer(self) -> Any:
+        if self._scorer is None:
+            import openvino
+
+            with tempfile.TemporaryDirectory(prefix="openvino-") as scratch:
+                graph = _as_graph(self._file, Path(scratch))
+                core = openvino.Core()
+                # Read whole: the files behind a mapped model would be gone with their folder.
+                core.set_property({"ENABLE_MMAP": False})
+                self._scorer = core.compile_model(graph, "CPU", self._settings()).create_infer_request()
+        return self._scorer
+
+    def _load_generator(self) -> Any:
+        if self._generator is None:
+            import openvino_genai
+
+            scheduler = openvino_genai.SchedulerConfig()
+            scheduler.max_num_batched_tokens = BATCHED_TOKENS
+            self._generator = openvino_genai.ContinuousBatchingPipeline(
+                str(self._file), scheduler, "CPU", self._settings()
+            )
+        return self._generator
+
+
+def _context(file: Path) -> int | None:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+    name = reader.fields["general.architecture"].contents()
+    field = reader.fields.get(f"{name}.context_length")
+    return int(field.contents()) if field else None
+
+
+def _as_graph(file: Path, scratch: Path) -> Path:
+    """The graph that OpenVINO GenAI makes of a GGUF file, which it saves beside the file."""
+    import openvino_genai
+
+    copy = Path(shutil.copy(file, scratch / file.name))
+    openvino_genai.LLMPipeline(
+        str(copy), "CPU", scheduler_config=openvino_genai.SchedulerConfig(), enable_save_ov_model=True
+    )
+    return scratch / "openvino_model.xml"
+
+
+def _end(answers: list[list[int]]) -> int:
+    """What a shorter answer is filled up with: its own last token, the end of the sequence."""
+    shortest = min(answers, key=len)
+    return shortest[-1] if shortest else 0
+
+
+RUNTIME = RuntimeKind(
+    version=1,
+    libraries=("openvino-genai", "openvino", "gguf"),
+    export=export,
+    load=OpenVinoSession,
+    compute_dtype=compute_dtype,
+    sizes=sizes,
+    quantized_tensors=quantized_tensors,
+    exact=False,  # keys and values are kept in 8 bits
+)
