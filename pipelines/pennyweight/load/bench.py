@@ -141,8 +141,8 @@ async def _drive(settings: Settings, load: Load, times: int, say: Callable[[str]
         nonlocal told
         if time.perf_counter() - told >= TELL_SECONDS:
             told = time.perf_counter()
-            bad = sum(not item.good for item in course.served)
-            say(f"  {load}: {len(course.served)} served" + (f", {bad} of them failed" if bad else ""))
+            failed = f", {course.failed} of them failed" if course.failed else ""
+            say(f"  {load}: {len(course.served)} requests{failed}")
 
     async with connect(settings.endpoint) as target:
         if load.concurrency is not None:

@@ -34,6 +34,7 @@ class Course:
 
     begun: float
     served: list[Served] = field(default_factory=list)
+    failed: int = 0
     stopped_sending: float = 0.0
     in_flight: list[tuple[float, int]] = field(default_factory=list)
     """(moment, requests in flight), every `LOOK_SECONDS`."""
@@ -130,8 +131,8 @@ async def _run(
 
 def _note(course: Course, served: Served, watch: Watch) -> None:
     course.served.append(served)
-    failed = [item for item in course.served if not item.good]
-    course.given_up |= len(failed) >= HOPELESS and len(failed) == len(course.served)
+    course.failed += not served.good
+    course.given_up |= HOPELESS <= course.failed == len(course.served)
     watch(course)
 
 
