@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_flow import latest, pennyweight
+from command import pennyweight
+from test_flow import latest
 
 
 def with_changes(text: str, folder: Path, **changes: object) -> Path:

@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-def pennyweight(*arguments: str, cwd: Path, store: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pennyweight", *arguments]
-    variables = {**os.environ, "PENNYWEIGHT_HOME": str(store), "MLFLOW_TRACKING_URI": "", **environment}
-    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=600)
+from command import pennyweight
 
 
 def kill_inside(stage: str, cwd: Path, store: Path) -> None:

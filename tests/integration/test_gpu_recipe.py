@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from test_flow import latest, pennyweight
+from command import pennyweight
+from test_flow import latest
 
 from pennyweight import shipped
 

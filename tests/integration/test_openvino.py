@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command import pennyweight
 from quantized import make
-from test_flow import latest, pennyweight
+from test_flow import latest
 
 from pennyweight import checkpoints, runtimes
 from pennyweight.errors import StageError

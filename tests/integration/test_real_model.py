@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from test_flow import latest, pennyweight
+from command import pennyweight
+from test_flow import latest
 
 from pennyweight import shipped
 

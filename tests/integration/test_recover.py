@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_flow import latest, pennyweight
+from command import pennyweight
+from test_flow import latest
 
 from pennyweight import checkpoints, formats, runtimes
 from pennyweight.errors import StageError
