@@ -461,6 +461,7 @@ def test_ctrl_c_keeps_what_was_measured(words: Path, tmp_path: Path) -> None:
         process = subprocess.Popen(
             [*command, "--seconds", "300", "--json"], env={**os.environ, "PENNYWEIGHT_HOME": str(tmp_path)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )  # fmt: skip
         deadline = time.monotonic() + 120
         while len(fake.bodies) < 30 and time.monotonic() < deadline:
