@@ -403,11 +403,11 @@ def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **option
     from pennyweight.store import Store
 
     measured = bench_.run(prepare(Options(**options), Store()), say)
-    write_files(measured, csv_path, vllm_path, options["tokenizer"])
     if as_json:
         _print_json(measured.report.model_dump(mode="json"))
     else:
         click.echo(format_bench(measured.report))
+    write_files(measured, csv_path, vllm_path, options["tokenizer"])  # last: a full disk must not cost the table
     return EXIT_INTERRUPTED if measured.report.interrupted else 0
 
 

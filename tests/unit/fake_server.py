@@ -24,7 +24,7 @@ class Fake:
     slots: int = 1000
     """Requests that are served at once; the others wait."""
     fault: str | None = None
-    """status:CODE, stall, drop, garbage, error, empty."""
+    """status:CODE, stall, drop, garbage, error, empty, hangup."""
     models: tuple[str, ...] = ("fake",)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -76,6 +76,9 @@ class Fake:
         await self._send(response, {"choices": [{"text": "", "finish_reason": "length"}]})
         await self._send(response, {"choices": [], "usage": usage})
         await response.write(b"data: [DONE]\n\n")
+        if kind == "hangup":  # without having said that it would
+            await response.write_eof()
+            request.transport.close()
         return response
 
     @staticmethod

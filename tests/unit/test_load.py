@@ -83,6 +83,15 @@ def test_a_fault_is_told_by_its_kind(behaviour: str, fault: str, says: str) -> N
     assert says in served.message
 
 
+def test_a_connection_that_the_server_closed_in_between_is_made_anew() -> None:
+    async def several(url: str) -> list[Served]:
+        async with connect(Endpoint(url, "fake")) as target:
+            return [await target.serve(asked(), time.perf_counter()) for _ in range(6)]
+
+    with serve(fault="hangup") as fake:
+        assert [served.fault for served in asyncio.run(several(fake.url))] == [None] * 6
+
+
 def test_nobody_listens() -> None:
     with serve() as fake:
         url = fake.url

@@ -66,12 +66,13 @@ class HttpTarget:
         served = Served(due=due, sent=time.perf_counter(), input_tokens=asked.input_tokens)
         events: list[tuple[float, bytes]] = []
         try:
-            async with self._session.post(self._endpoint.path, json=self._endpoint.body(asked)) as response:
-                if response.status != 200:
-                    text = (await response.text())[:SHOWN]
-                    served.fault, served.message = "status", f"HTTP {response.status}: {text}"
-                else:
-                    await _collect(response, events)
+            try:
+                await self._ask(asked, served, events)
+            except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+                # A server may close a connection between two requests; the second finds out when it is sent.
+                if events or isinstance(error, aiohttp.ClientConnectorError):
+                    raise
+                await self._ask(asked, served, events)
         except TimeoutError:
             served.fault = "stalled"
             served.message = f"nothing came for {self._endpoint.stall_seconds:g} s"
@@ -86,6 +87,14 @@ class HttpTarget:
         if served.good:
             _read(events, served)
         return served
+
+    async def _ask(self, asked: Asked, served: Served, events: list[tuple[float, bytes]]) -> None:
+        async with self._session.post(self._endpoint.path, json=self._endpoint.body(asked)) as response:
+            if response.status != 200:
+                text = (await response.text())[:SHOWN]
+                served.fault, served.message = "status", f"HTTP {response.status}: {text}"
+            else:
+                await _collect(response, events)
 
 
 @asynccontextmanager
