@@ -311,7 +311,8 @@ def ui(port: int) -> int:
     from pennyweight import tracking
 
     command = tracking.ui_command(port)
-    say(f"MLflow on http://127.0.0.1:{port} (Ctrl-C stops it)")
+    # Without the parameter MLflow opens on its pages for traces of agents.
+    say(f"MLflow on http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning (Ctrl-C stops it)")
     os.execvp(command[0], command)
 
 
