@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pennyweight.healing import loss
-from pennyweight.healing.student import ScaledLinear
+from pennyweight.healing.student import ScaledLinear, learn_stored
 from pennyweight.quantization.grid import Grid, QuantizedLinear, find_scales, round_to_nearest
 from pennyweight.recipe import Recover
 
@@ -68,6 +68,19 @@ def test_scales_are_used_as_they_are_stored(rounded: tuple[torch.Tensor, Quantiz
     healed = module.healed_scales()
     assert torch.equal(healed, healed.to(torch.bfloat16).float())
     torch.testing.assert_close(healed, rounded[1].scales * 1.1309, rtol=1e-2, atol=0)
+
+
+def test_a_norm_computed_in_bfloat16_learns_in_float32() -> None:
+    norm = torch.nn.RMSNorm(4).bfloat16()
+    trained = learn_stored(norm, "weight", torch.bfloat16).parameter
+    assert trained.dtype == torch.float32
+    inputs = torch.tensor([[1.0, -1.0, 1.0, -1.0]], dtype=torch.bfloat16)
+    norm(inputs).sum().backward()
+    assert trained.grad.tolist() == pytest.approx([1, -1, 1, -1], rel=1e-2)
+    for _ in range(8):  # each a fifth of what bfloat16 can tell apart just above 1
+        trained.data += 2**-7 / 5
+    assert norm.weight.dtype == torch.bfloat16
+    assert norm.weight.tolist() == [1 + 2**-6] * 4
 
 
 def test_places_start_where_the_weight_was_and_move_by_one(rounded: tuple[torch.Tensor, QuantizedLinear]) -> None:

@@ -174,8 +174,16 @@ def _through(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return _RoundedTo.apply(value, dtype)
 
 
-class StoredParameter(torch.nn.Module):
-    """A parametrization: learns in float32, is used as it is stored, in the dtype computed in."""
+def learn_stored(module: torch.nn.Module, name: str, stored: torch.dtype) -> Trainable:
+    """Let a parameter learn in float32. It is used as `stored` would hold it, in the dtype that it had."""
+    value = getattr(module, name).detach()
+    setattr(module, name, torch.nn.Parameter(value.float(), requires_grad=False))
+    parametrize.register_parametrization(module, name, _Stored(stored, value.dtype), unsafe=True)
+    original = getattr(module.parametrizations, name).original
+    return Trainable(original.requires_grad_(True), rate=max(original.abs().mean().item(), 1e-3))
+
+
+class _Stored(torch.nn.Module):
 
     def __init__(self, stored: torch.dtype, compute: torch.dtype):
         super().__init__()
@@ -183,9 +191,6 @@ class StoredParameter(torch.nn.Module):
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
         return _through(value, self._stored).to(self._compute)
-
-    def right_inverse(self, value: torch.Tensor) -> torch.Tensor:
-        return value.float()
 
 
 class Student:
@@ -223,7 +228,7 @@ class Student:
             if "scales" in train:
                 yield Trainable(layer.change.requires_grad_(True))
             if "biases" in train and layer.bias is not None:
-                yield self._learn_stored(layer, "bias")
+                yield learn_stored(layer, "bias", self._stored)
             if {"rounding", "low_rank"} & set(train):
                 yield from layer.learn_places(self._teacher.get_submodule(name).weight.data, rank, generator)
             if "adapter" in train:
@@ -231,15 +236,7 @@ class Student:
         if "norms" in train:
             for module in list(self.model.modules()):
                 if type(module).__name__.lower().endswith("norm") and getattr(module, "weight", None) is not None:
-                    yield self._learn_stored(module, "weight")
-
-    def _learn_stored(self, module: Any, name: str) -> Trainable:
-        size = getattr(module, name).detach().float().abs().mean().item()
-        parametrize.register_parametrization(
-            module, name, StoredParameter(self._stored, getattr(module, name).dtype), unsafe=True
-        )
-        original = getattr(module.parametrizations, name).original
-        return Trainable(original.requires_grad_(True), rate=max(size, 1e-3))
+                    yield learn_stored(module, "weight", self._stored)
 
     def healed_tensors(self) -> dict[str, torch.Tensor]:
         """What the checkpoint stores of everything that may have learnt, by its name in the file."""
