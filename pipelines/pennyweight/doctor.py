@@ -19,7 +19,7 @@ def doctor(store: Store | None = None, network: bool = False) -> dict[str, Any]:
     tracking = os.environ.get("MLFLOW_TRACKING_URI")
     return {
         "machine": {**machine.fingerprint(), "threads": machine.threads(), "native_bf16": machine.has_native_bf16()},
-        "measured": machine.measure().model_dump(mode="json") if installed.installed_version("torch") else None,
+        "measured": _ceilings() if installed.installed_version("torch") else None,
         "extras": installed.extras(),
         "conflicts": installed.conflicts(machine.has_gpu()),
         "runtimes": {name: runtime_report(name) for name in installed.RUNTIME_PACKAGES},
@@ -33,6 +33,12 @@ def doctor(store: Store | None = None, network: bool = False) -> dict[str, Any]:
         "versions": machine.environment()["versions"],
         "executable": sys.executable,
     }
+
+
+def _ceilings() -> dict[str, Any]:
+    found = machine.ceilings()
+    reads = {f"{size >> 20} MiB": speed for size, speed in found.reads.items()}
+    return {**found.model_dump(mode="json", exclude={"reads"}), "read_gb_per_s_over_and_over": reads}
 
 
 def runtime_report(runtime: str) -> dict[str, Any]:

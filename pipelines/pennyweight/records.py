@@ -143,6 +143,39 @@ class Interval(Record):
     high: float
 
 
+class Measured(Record):
+    """How fast this machine is, with the threads that a run would use."""
+
+    threads: int
+    read_gb_per_s: float = Field(description="sequential read from memory, 10^9 bytes a second")
+    gflops_fp32: float = Field(description="float32 matrix product, 10^9 floating-point operations a second")
+    gflops_bf16: float = Field(description="the same in bfloat16")
+    gops_int8: float | None = Field(None, description="the same of 8-bit integers, summed in 32 bits; None: no kernel")
+    reads: dict[int, float] = Field(
+        default_factory=dict, description="bytes that are read over and over → GB/s; what fits in a cache is faster"
+    )
+
+
+class Roofline(Record):
+    """The least time that a workload can take on the machine that it was measured on, and how near a candidate came."""
+
+    best_output_tokens_per_second: float = Field(description="bound from the ceilings measured in the same session")
+    bound: Literal["memory", "compute"] = Field(description="what most of the least time is spent on")
+    realized: float = Field(description="measured / best output tokens a second")
+    mbu: float = Field(description="bytes that decoding must read / its time / the measured read speed")
+    mfu: float = Field(description="operations that the workload needs / its time / the measured peak")
+    largest_saving: float | None = Field(
+        None, description="1 − least cost / measured cost of the cheapest base candidate; None without such a candidate"
+    )
+    saving_realized: float | None = Field(None, description="saving / largest saving; None where either is not above 0")
+    prefill_seconds: float = Field(description="least time to read the prompts of one wave")
+    decode_step_seconds: float = Field(description="least time of a step that gives every request a token, on average")
+    weight_bytes: int = Field(description="weights that a decoding step reads")
+    kv_bytes_per_position: int = Field(description="keys and values of one token, all layers")
+    read_gb_per_s: float = Field(description="ceiling of reads of as many bytes as a decoding step reads")
+    peak_gops: float = Field(description="ceiling of products, 10^9 operations a second")
+
+
 class CostPoint(Record):
     """What one candidate costs at one concurrency."""
 
@@ -161,13 +194,17 @@ class CostPoint(Record):
     usd_per_1m_output_tokens: float
     saving: Interval | None = Field(None, description="1 − cost / cost of the cheapest base candidate, paired by round")
     saving_against: str | None = None
+    roofline: Roofline | None = Field(None, description="None where the model is no plain decoder")
+    joules_per_output_token: float | None = Field(None, description="None where the machine has no energy counter")
 
 
 class CostReport(Record):
     candidate: str
     usd_per_hour: float
     points: list[CostPoint]
-    peak_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = Field(
+        None, description="most memory that the loaded candidate added: resident, or on a GPU the device's"
+    )
 
 
 class Price(Record):
@@ -190,6 +227,10 @@ class BenchmarkReport(Record):
     seconds: float
     measured_at: str
     machine: dict[str, Any]
+    ceilings: Measured | None = Field(
+        None, description="the machine's speed before and after the turns, whichever was faster"
+    )
+    energy_counters: list[str] = Field([], description="what joules were counted by")
 
 
 class ConditionResult(Record):
@@ -280,4 +321,6 @@ class RunRecord(Record):
     candidates: list[CandidateResult] = []
     stages: list[StageTime] = []
     price: Price | None = None
+    ceilings: Measured | None = Field(None, description="the machine's speed in the benchmark's session")
+    energy_counters: list[str] = Field([], description="what joules were counted by")
     notes: list[str] = Field([], description="what a reader must know to read the numbers rightly")

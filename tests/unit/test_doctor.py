@@ -61,12 +61,19 @@ def test_extras_name_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_is_json_and_asks_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
-        machine, "measure", lambda: machine.Measured(threads=1, read_gb_per_s=1, gflops_fp32=1, gflops_bf16=1)
+        machine,
+        "ceilings",
+        lambda: machine.Measured(
+            threads=1, read_gb_per_s=1, gflops_fp32=2, gflops_bf16=3, gops_int8=4, reads={1 << 20: 9, 1 << 28: 1}
+        ),
     )
     monkeypatch.setattr(doctor, "_answers", lambda _: pytest.fail("the hub was asked"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@mlflow.example")
     found = doctor.doctor(Store(tmp_path / "not" / "there"))
     text = json.dumps(found)
+    speeds = ("read_gb_per_s", "gflops_fp32", "gflops_bf16", "gops_int8")
+    assert [found["measured"][name] for name in speeds] == [1, 2, 3, 4]
+    assert found["measured"]["read_gb_per_s_over_and_over"] == {"1 MiB": 9, "256 MiB": 1}
     assert "secret" not in text
     assert found["tracking"]["uri"] == "https://***@mlflow.example"
     assert found["hub"]["reachable"] is None

@@ -177,6 +177,8 @@ def test_peak_memory_sees_a_passing_allocation() -> None:
         time.sleep(0.1)
         del block
     assert memory.peak_bytes - before.peak_bytes > 190 << 20
+    assert memory.peak_bytes - memory.start_bytes > 190 << 20
+    assert memory.end_bytes - memory.start_bytes < 20 << 20
 
 
 def test_measured_speed_is_plausible() -> None:
@@ -185,3 +187,27 @@ def test_measured_speed_is_plausible() -> None:
     assert 0.5 < measured.read_gb_per_s < 5000
     assert 1 < measured.gflops_fp32 < 1e5
     assert 0.1 < measured.gflops_bf16 < 1e6
+
+
+def test_ceilings_are_plausible_and_reach_into_the_caches() -> None:
+    found = machine.ceilings(seconds=0.2)
+    assert tuple(found.reads) == machine.READ_SIZES["cpu"]
+    assert found.read_gb_per_s == found.reads[256 << 20]
+    assert all(0 < speed < 50_000 for speed in found.reads.values())
+    assert found.gops_int8 is None or 0.1 < found.gops_int8 < 1e7
+
+
+def test_the_faster_of_two_measurements() -> None:
+    one = machine.Measured(
+        threads=2, read_gb_per_s=10, gflops_fp32=90, gflops_bf16=200, gops_int8=None, reads={1: 50, 2: 10}
+    )
+    other = machine.Measured(
+        threads=2, read_gb_per_s=12, gflops_fp32=80, gflops_bf16=210, gops_int8=400, reads={1: 40, 2: 12}
+    )
+    assert machine.fastest(one, other) == machine.Measured(
+        threads=2, read_gb_per_s=12, gflops_fp32=90, gflops_bf16=210, gops_int8=400, reads={1: 50, 2: 12}
+    )
+    assert machine.fastest(one, one) == one
+    old = '{"threads": 2, "read_gb_per_s": 10, "gflops_fp32": 90, "gflops_bf16": 200}'
+    assert machine.Measured.model_validate_json(old).gops_int8 is None
+    assert machine.Measured.model_validate_json(one.model_dump_json()) == one
