@@ -108,6 +108,8 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
             "base": gate.cheapest_base(results, recipe.benchmark.decide_at),
             "winner": winner,
             "price": benchmark.price,
+            "ceilings": benchmark.ceilings,
+            "energy_counters": benchmark.energy_counters,
             "candidates": results,
             "stages": current.times,
             "notes": [*_notes(recipe, benchmark), *scheme_notes(recipe), *texts.notes],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import numpy as np
 
 from pennyweight import machine, runtimes
-from pennyweight.benchmark import cost
+from pennyweight.benchmark import cost, energy
+from pennyweight.benchmark.roofline import roofline
+from pennyweight.benchmark.work import Work, work_of
 from pennyweight.recipe import Benchmark
-from pennyweight.records import BenchmarkReport, Candidate, CostPoint, CostReport, Percentiles, Price
+from pennyweight.records import BenchmarkReport, Candidate, CostPoint, CostReport, Measured, Percentiles, Price
 from pennyweight.runtimes import Generation, Session
 
-VERSION = 1
+VERSION = 2
 #: A result older than this is measured again: machines change, and so do their neighbours.
 MAX_AGE_DAYS = 7
 #: Of the memory that is free, how much all candidates together may take to stay loaded between their turns.
@@ -34,6 +37,7 @@ class Wave:
     round: int
     ttft: float
     steps: list[float]
+    joules: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -42,9 +46,10 @@ class Wave:
 
 @dataclass
 class Measurements:
-    """Waves by (candidate id, concurrency)."""
+    """Waves by (candidate id, concurrency), and the memory that each candidate added, in bytes."""
 
     waves: dict[tuple[str, int], list[Wave]] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -58,15 +63,22 @@ def run_benchmark(
     which fraction is done. A candidate that fails is reported in `failures`; the others go on.
     """
     begin = time.perf_counter()
-    measured = _measure(candidates, settings, prompts, device, progress)
+    progress("the machine", 0.0)
+    meter = energy.EnergyMeter(energy.counters(device))
+    works = {candidate.id: work_of(candidate) for candidate in candidates}
+    before = machine.ceilings(device=device)
+    measured = _measure(candidates, settings, prompts, device, meter, progress)
+    ceilings = machine.fastest(before, machine.ceilings(device=device))
     return BenchmarkReport(
-        reports=_reports(candidates, settings, measured),
+        reports=_with_rooflines(_reports(candidates, settings, measured), works, ceilings),
         failures=measured.failures,
         price=price_of(settings),
         order=ORDER,
         seconds=time.perf_counter() - begin,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine.fingerprint(),
+        ceilings=ceilings,
+        energy_counters=[counter.name for counter in meter.counters],
     )
 
 
@@ -88,7 +100,7 @@ def turns(settings: Benchmark, ids: list[str]) -> Iterator[tuple[int, int, str]]
 
 def _measure(
     candidates: list[Candidate], settings: Benchmark, prompts: Callable[[int, int], np.ndarray], device: str,
-    progress: Callable[[str, float], None],
+    meter: energy.EnergyMeter, progress: Callable[[str, float], None],
 ) -> Measurements:  # fmt: skip
     measured = Measurements()
     shape = settings.workload
@@ -103,38 +115,64 @@ def _measure(
             if name in measured.failures:
                 continue
             try:
-                if number < 0:
-                    sessions.get(name).generate(prompts(concurrency, min(16, shape.input_tokens)), 2)
-                    continue
-                ids = prompts(concurrency, shape.input_tokens)
-                generation = sessions.get(name).generate(ids, shape.output_tokens)
+                # Memory is watched before a candidate is timed, and in its first wave: the later ones are alike.
+                with sessions.of(name, watched=number <= 0) as session:
+                    if number < 0:
+                        session.generate(prompts(concurrency, min(16, shape.input_tokens)), 2)
+                        continue
+                    ids = prompts(concurrency, shape.input_tokens)
+                    with meter:
+                        generation = session.generate(ids, shape.output_tokens)
             except Exception as error:
                 measured.failures[name] = f"{type(error).__name__}: {error}"
                 continue
             waves = measured.waves.setdefault((name, concurrency), [])
-            waves.append(_wave(number, generation))
+            waves.append(_wave(number, generation, meter.joules))
+        measured.memory = sessions.most
     return measured
 
 
-def _wave(number: int, generation: Generation) -> Wave:
-    return Wave(number, generation.ttft, generation.steps)
+def _wave(number: int, generation: Generation, joules: float | None) -> Wave:
+    return Wave(number, generation.ttft, generation.steps, joules)
 
 
 class _Sessions:
-    """Candidates stay loaded between turns where memory allows it; else one at a time is."""
+    """Candidates stay loaded between turns where memory allows it; else one at a time is.
+
+    What a candidate holds is what the memory in use grew by in its turns; the most that it held is that before a turn,
+    and the turn's peak above its beginning.
+    """
 
     def __init__(self, candidates: list[Candidate], device: str, stack: ExitStack):
         self._candidates = {candidate.id: candidate for candidate in candidates}
         self._device = device
         self._open: dict[str, Session] = {}
+        self._held: dict[str, int] = {}
+        self.most: dict[str, int] = {}
         needed = sum(candidate.bytes for candidate in candidates) * LOADED_OVER_DISK
         self._resident = needed < machine.free_memory(device) * RESIDENT_SHARE
+        _import_libraries({candidate.runtime for candidate in candidates})
         stack.callback(self._close_all)
 
-    def get(self, name: str) -> Session:
+    @contextmanager
+    def of(self, name: str, watched: bool) -> Iterator[Session]:
+        """One candidate's turn, its memory watched on request."""
+        if name not in self._open and not self._resident:
+            self._close_all()
+        if not watched:
+            yield self._get(name)
+            return
+        machine.release_memory()
+        used = machine.device_bytes if self._device == "cuda" else machine.resident_bytes
+        with machine.PeakMemory(used=used) as memory:
+            yield self._get(name)
+            machine.release_memory()  # what the C library keeps of passing memory is held by nobody
+        held = self._held.get(name, 0)
+        self.most[name] = max(self.most.get(name, 0), held + memory.peak_bytes - memory.start_bytes)
+        self._held[name] = held + memory.end_bytes - memory.start_bytes
+
+    def _get(self, name: str) -> Session:
         if name not in self._open:
-            if not self._resident:
-                self._close_all()
             candidate = self._candidates[name]
             self._open[name] = runtimes.get(candidate.runtime).load(candidate, self._device)
         return self._open[name]
@@ -143,6 +181,15 @@ class _Sessions:
         for session in self._open.values():
             session.close()
         self._open.clear()
+        self._held.clear()
+
+
+def _import_libraries(names: set[str]) -> None:
+    """Import what the runtimes need, so that the first candidate of each is not charged with its library's memory."""
+    for name in names:
+        for distribution in runtimes.get(name).libraries:
+            with suppress(ImportError):  # one of several that provide the same module
+                importlib.import_module(distribution.replace("-", "_"))
 
 
 def _reports(candidates: list[Candidate], settings: Benchmark, measured: Measurements) -> dict[str, CostReport]:
@@ -160,7 +207,32 @@ def _reports(candidates: list[Candidate], settings: Benchmark, measured: Measure
                 _point(settings, concurrency, measured.waves[candidate.id, concurrency], saving, cheapest)
             )
     usd_per_hour = settings.price.usd_per_hour
-    return {name: CostReport(candidate=name, usd_per_hour=usd_per_hour, points=found) for name, found in points.items()}
+    return {
+        name: CostReport(
+            candidate=name, usd_per_hour=usd_per_hour, points=found, peak_memory_bytes=measured.memory.get(name)
+        )
+        for name, found in points.items()
+    }
+
+
+def _with_rooflines(
+    reports: dict[str, CostReport], works: dict[str, Work | None], ceilings: Measured
+) -> dict[str, CostReport]:
+    """The reports, each point beside its bound and beside the cheapest base candidate at its load."""
+    bases = [report for name, report in reports.items() if name.startswith("base@")]
+
+    def bounded(report: CostReport) -> CostReport:
+        work = works[report.candidate]
+        if work is None:
+            return report
+        points = []
+        for index, point in enumerate(report.points):
+            rivals = [base.points[index] for base in bases]
+            cheapest = max(rivals, key=lambda rival: rival.output_tokens_per_second, default=None)
+            points.append(point.model_copy(update={"roofline": roofline(work, ceilings, point, cheapest)}))
+        return report.model_copy(update={"points": points})
+
+    return {name: bounded(report) for name, report in reports.items()}
 
 
 def _point(settings: Benchmark, concurrency: int, waves: list[Wave], saving: Any, cheapest: str | None) -> CostPoint:
@@ -170,6 +242,7 @@ def _point(settings: Benchmark, concurrency: int, waves: list[Wave], saving: Any
     tokens_in, tokens_out = requests * shape.input_tokens, requests * shape.output_tokens
     ttft = _percentiles([wave.ttft for wave in waves])
     tpot = _percentiles([sum(wave.steps) / len(wave.steps) for wave in waves])
+    joules = [wave.joules for wave in waves if wave.joules is not None]
     return CostPoint(
         concurrency=concurrency,
         input_tokens=shape.input_tokens,
@@ -186,6 +259,7 @@ def _point(settings: Benchmark, concurrency: int, waves: list[Wave], saving: Any
         usd_per_1m_output_tokens=cost.usd_per_million(usd, tokens_out, seconds),
         saving=saving,
         saving_against=cheapest if saving else None,
+        joules_per_output_token=sum(joules) / tokens_out if len(joules) == len(waves) else None,
     )
 
 

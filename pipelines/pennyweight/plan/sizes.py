@@ -30,6 +30,9 @@ class ModelShape:
     tied: bool
     """The head is the embedding, transposed."""
     layers: int
+    windows: tuple[int | None, ...]
+    """How many positions each layer attends to; None: all before."""
+    heads: int
     kv_heads: int
     head_dim: int
     rotary_dim: int
@@ -90,6 +93,8 @@ def model_shape(config: dict[str, Any], dtype: str) -> ModelShape:
         embedding_name=embedding,
         tied=head.weight is model.get_input_embeddings().weight,
         layers=text.num_hidden_layers,
+        windows=_windows(text),
+        heads=text.num_attention_heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
         head_dim=head_dim,
         rotary_dim=int(head_dim * rotary),
@@ -97,6 +102,16 @@ def model_shape(config: dict[str, Any], dtype: str) -> ModelShape:
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         dtype=dtype,
     )
+
+
+def _windows(text: Any) -> tuple[int | None, ...]:
+    """Layers that keep no keys and values, such as linear attention, attend to no position."""
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        return (window,) * text.num_hidden_layers
+    known = {"full_attention": None, "sliding_attention": window}
+    return tuple(known.get(kind, 0) for kind in kinds)
 
 
 def quantized_layers(shape: ModelShape, step: Quantize) -> dict[str, tuple[int, int, int]]:

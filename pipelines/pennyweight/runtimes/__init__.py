@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from pennyweight.plan.sizes import ModelShape
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -72,6 +74,13 @@ class RuntimeKind:
     """Exported files → how many of the tensors in them are quantized."""
     exact: bool = True
     """What is not quantized is computed in the dtype that `compute_dtype` says, the KV cache included."""
+    streamed_bytes: Callable[[Candidate, ModelShape], int] | None = None
+    """Bytes of weights that a decoding step cannot do without reading: not those of tables in which it looks up a row.
+    None: all."""
+    kv_itemsize: int | None = None
+    """Bytes of one number in the KV cache; None: as many as in the dtype of activations."""
+    unpacks: bool = False
+    """Quantized checkpoints are multiplied in floating point."""
 
 
 def get(name: RuntimeName) -> RuntimeKind:

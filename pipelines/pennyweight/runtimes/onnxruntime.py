@@ -23,13 +23,18 @@ from pennyweight.runtimes.onnx_integers import MODEL, check_integers, drop_symme
 
 if TYPE_CHECKING:
     import numpy as np
+    import onnx
     import torch
+
+    from pennyweight.plan.sizes import ModelShape
 
 DATA = "model.onnx.data"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 #: Nodes that the builder would quantize unasked.
 HEAD_AND_EMBEDDING = ("/lm_head/MatMul", "/model/embed_tokens/Gather")
+#: Operators that read rows of their tables: those of the tokens, or of their positions.
+LOOKUPS = ("Gather", "GatherBlockQuantized", "GroupQueryAttention", "RotaryEmbedding")
 
 
 def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
@@ -143,13 +148,26 @@ def sizes(files: Path) -> tuple[int, int]:
     import onnx
 
     model = onnx.load(files / MODEL, load_external_data=False)
-    lengths = [
-        int(entry.value)
+    return sum((files / name).stat().st_size for name in (MODEL, DATA)), sum(_lengths(model).values())
+
+
+def streamed_bytes(candidate: Candidate, shape: ModelShape) -> int:
+    """All tensors but an embedding that is not the head too, and the tables of rotary positions."""
+    import onnx
+
+    model = onnx.load(Path(candidate.path) / MODEL, load_external_data=False)
+    whole = {name for node in model.graph.node if node.op_type not in LOOKUPS for name in node.input}
+    return sum(length for name, length in _lengths(model).items() if name in whole)
+
+
+def _lengths(model: onnx.ModelProto) -> dict[str, int]:
+    """Bytes of the tensors larger than 1 KiB, which are kept beside the graph."""
+    return {
+        tensor.name: int(entry.value)
         for tensor in model.graph.initializer
         for entry in tensor.external_data
         if entry.key == "length" and int(entry.value) > 1024
-    ]
-    return sum((files / name).stat().st_size for name in (MODEL, DATA)), sum(lengths)
+    }
 
 
 def quantized_tensors(files: Path) -> int:
@@ -271,4 +289,5 @@ RUNTIME = RuntimeKind(
     compute_dtype=compute_dtype,
     sizes=sizes,
     quantized_tensors=quantized_tensors,
+    streamed_bytes=streamed_bytes,
 )

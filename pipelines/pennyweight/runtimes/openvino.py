@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from pennyweight.plan.sizes import ModelShape
+
 MODEL = "model.gguf"
 #: Tokens of prompts that are read in one step of the scheduler.
 BATCHED_TOKENS = 2048
@@ -49,6 +51,19 @@ def quantized_tensors(files: Path) -> int:
     from gguf import GGUFReader
 
     return sum(tensor.tensor_type.name.startswith("Q") for tensor in GGUFReader(files / MODEL).tensors)
+
+
+def streamed_bytes(candidate: Candidate, shape: ModelShape) -> int:
+    """All tensors but an embedding that is not the head too; what is wider than activations is narrowed when loaded."""
+    from gguf import GGUFReader
+
+    from pennyweight.plan.sizes import ITEMSIZE
+
+    tensors = {tensor.name: tensor for tensor in GGUFReader(Path(candidate.path) / MODEL).tensors}
+    if "output.weight" in tensors:
+        del tensors["token_embd.weight"]
+    itemsize = ITEMSIZE[candidate.dtype]
+    return sum(min(int(tensor.n_bytes), int(tensor.n_elements) * itemsize) for tensor in tensors.values())
 
 
 class OpenVinoSession:
@@ -178,4 +193,6 @@ RUNTIME = RuntimeKind(
     sizes=sizes,
     quantized_tensors=quantized_tensors,
     exact=False,  # keys and values are kept in 8 bits
+    streamed_bytes=streamed_bytes,
+    kv_itemsize=1,
 )

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from pennyweight.plan.sizes import ModelShape
+
 
 def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
     """The checkpoint's own dtype where the machine computes in it, else float32."""
@@ -22,6 +24,13 @@ def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
         return checkpoint.dtype
     native = {"bfloat16": machine.has_native_bf16(), "float32": True}
     return checkpoint.dtype if native.get(checkpoint.dtype, False) else "float32"
+
+
+def streamed_bytes(candidate: Candidate, shape: ModelShape) -> int:
+    """Every matrix once, unpacked."""
+    from pennyweight.plan.sizes import ITEMSIZE
+
+    return shape.product_weights * ITEMSIZE[candidate.dtype]
 
 
 class TransformersSession:
@@ -100,4 +109,6 @@ RUNTIME = RuntimeKind(
     export=None,
     load=TransformersSession,
     compute_dtype=compute_dtype,
+    streamed_bytes=streamed_bytes,
+    unpacks=True,
 )
