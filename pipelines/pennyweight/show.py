@@ -43,6 +43,8 @@ def format_run(record: RunRecord) -> str:
     """The outcome in a sentence, a table of candidates, and the reasons."""
     decide_at = record.recipe.resolved["benchmark"]["decide_at"]
     lines = [headline(record, decide_at), "", *_table(record, decide_at), ""]
+    if rows := _roofline(record):
+        lines += [*rows, ""]
     for result in record.candidates:
         if result.verdict.status != "base":
             lines.append(f"{result.id}: {result.verdict.status}")
@@ -69,8 +71,18 @@ def headline(record: RunRecord, decide_at: int) -> str:
 
 def _table(record: RunRecord, decide_at: int) -> list[str]:
     metrics = _metric_names(record)
-    head = ["candidate", "verdict", "MB", *metrics, "tok/s", "$/1M tokens", "saving"]
-    rows = [head, *[_row(result, metrics, decide_at) for result in record.candidates]]
+    memory = any(result.cost and result.cost.peak_memory_bytes is not None for result in record.candidates)
+    head = [
+        "candidate",
+        "verdict",
+        "MB",
+        *(["memory MB"] if memory else []),
+        *metrics,
+        "tok/s",
+        "$/1M tokens",
+        "saving",
+    ]
+    rows = [head, *[_row(result, metrics, decide_at, memory) for result in record.candidates]]
     return columns(rows, left=2)
 
 
@@ -83,8 +95,9 @@ def _metric_names(record: RunRecord) -> list[str]:
     return [name for name in dict.fromkeys(gated) if name in measured]
 
 
-def _row(result: CandidateResult, metrics: list[str], decide_at: int) -> list[str]:
+def _row(result: CandidateResult, metrics: list[str], decide_at: int, memory: bool) -> list[str]:
     size = f"{result.candidate.bytes / 1e6:.0f}" if result.candidate else "-"
+    sizes = [size, _memory(result)] if memory else [size]
     values = []
     for name in metrics:
         value = result.quality.metrics.get(name) if result.quality else None
@@ -96,7 +109,38 @@ def _row(result: CandidateResult, metrics: list[str], decide_at: int) -> list[st
         point = point_at(result.cost, decide_at)
         speed, dollars = f"{point.output_tokens_per_second:.1f}", f"{point.usd_per_1m_tokens:.3f}"
         saving = f"{point.saving.value:.0%}" if point.saving else "-"
-    return [result.id, result.verdict.status, size, *values, speed, dollars, saving]
+    return [result.id, result.verdict.status, *sizes, *values, speed, dollars, saving]
+
+
+def _memory(result: CandidateResult) -> str:
+    found = result.cost.peak_memory_bytes if result.cost else None
+    return "-" if found is None else f"{found / 1e6:.0f}"
+
+
+def _roofline(record: RunRecord) -> list[str]:
+    """What each candidate reached of what the machine allows, at every load; nothing where that was not measured."""
+    points = [(r.id, p) for r in record.candidates if r.cost for p in r.cost.points if p.roofline]
+    if not points:
+        return []
+    energy = any(point.joules_per_output_token is not None for _, point in points)
+    head = ["roofline", "bound", "at", "tok/s", "best", "realized", "MBU", "MFU", "largest saving", "saving"]
+    rows = [[*head, *(["J/token"] if energy else [])]]
+    for name, point in points:
+        found = point.roofline
+        assert found is not None
+        row = [name, found.bound, str(point.concurrency), f"{point.output_tokens_per_second:.1f}"]
+        row += [
+            f"{found.best_output_tokens_per_second:.1f}",
+            f"{found.realized:.0%}",
+            f"{found.mbu:.0%}",
+            f"{found.mfu:.0%}",
+        ]
+        row.append("-" if found.largest_saving is None else f"{found.largest_saving:.0%}")
+        row.append(f"{point.saving.value:.0%}" if point.saving else "-")
+        if energy:
+            row.append("-" if point.joules_per_output_token is None else f"{point.joules_per_output_token:.3g}")
+        rows.append(row)
+    return columns(rows, left=2)
 
 
 def format_store(entries: list[tuple[str, str, Path, float, int]]) -> str:

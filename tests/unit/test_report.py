@@ -18,6 +18,7 @@ from pennyweight.records import (
     CostPoint,
     CostReport,
     Interval,
+    Measured,
     MetricValue,
     Parity,
     Percentiles,
@@ -25,6 +26,7 @@ from pennyweight.records import (
     QualityReport,
     RecipeRef,
     Registered,
+    Roofline,
     RunRecord,
     StageTime,
     Tracking,
@@ -34,6 +36,7 @@ from pennyweight.report import facts, text, write_report
 from pennyweight.report.markup import Html, el
 from pennyweight.report.page import render
 from pennyweight.report.svg import Box, Label, Layout, Scale
+from pennyweight.show import format_run
 
 ROOT = Path(__file__).parents[2]
 USD_PER_HOUR = 0.08925
@@ -760,3 +763,71 @@ def test_elements_escape_text_and_keep_markup():
         '<td class="x" title="&quot;">a &lt; b<b>c</b>1&amp;</td>'
     )
     assert el("rect", x=0, y=1.25, text_anchor="end", hidden=None) == '<rect x="0" y="1.2" text-anchor="end"></rect>'
+
+
+# --- roofline ---------------------------------------------------------------------------------------------------------
+
+
+def with_roofline(record: RunRecord, joules: float | None = None) -> RunRecord:
+    """The record with a bound at each load of int8@onnxruntime and of the base that it is compared with."""
+
+    def bounded(point: CostPoint) -> CostPoint:
+        found = Roofline(
+            best_output_tokens_per_second=2 * point.output_tokens_per_second, bound="memory", realized=0.5, mbu=0.55,
+            mfu=0.031, largest_saving=0.7, saving_realized=0.67 if point.saving else None, prefill_seconds=0.1,
+            decode_step_seconds=0.01, weight_bytes=10, kv_bytes_per_position=1, read_gb_per_s=17, peak_gops=300,
+        )  # fmt: skip
+        return point.model_copy(update={"roofline": found, "joules_per_output_token": joules})
+
+    candidates = []
+    for result in record.candidates:
+        if result.id in (BASE, "int8@onnxruntime"):
+            points = [bounded(point) for point in result.cost.points]
+            result = result.model_copy(update={"cost": result.cost.model_copy(update={"points": points})})
+        candidates.append(result)
+    ceilings = Measured(threads=2, read_gb_per_s=17.25, gflops_fp32=211, gflops_bf16=1605, gops_int8=2900)
+    counters = [] if joules is None else ["package-0"]
+    return record.model_copy(
+        update={"candidates": candidates, "ceilings": ceilings, "energy_counters": counters}
+    )  # fmt: skip
+
+
+def test_a_bound_stands_beside_every_speed():
+    page = read(with_roofline(make_record()))
+    assert page.headings[5] == "Roofline"
+    head, *rows = page.rows["roofline"]
+    assert head == [
+        "candidate", "concurrency", "output tokens/s", "best possible", "realized", "bound by", "MBU", "MFU",
+        "largest saving", "saving",
+    ]  # fmt: skip
+    assert len(rows) == 3 * 5
+    int8 = rows[6]
+    assert int8[0].startswith("int8@onnxruntime")
+    assert int8[0].endswith("1.23 GB")
+    assert int8[1:] == ["1", "43.8", "87.6", "50%", "memory", "55%", "3.1%", "70%", "47%67% of it"]
+    assert rows[7] == ["8", "173", "346", "50%", "memory", "55%", "3.1%", "70%", "–"]
+    assert rows[10] == ["8", "163", *["–"] * 7]
+    assert (
+        "Measured with 2 threads: 17.2 GB/s read from memory, 211 GFLOP/s float32, 1,605 bfloat16, 2,900 GOP/s int8."
+    ) in page.text
+    assert "Energy" not in page.text
+
+
+def test_energy_has_a_column_where_it_was_counted():
+    page = read(with_roofline(make_record(), joules=0.4321))
+    head, *rows = page.rows["roofline"]
+    assert head[-1] == "J per output token"
+    assert [row[-1] for row in rows[6:10]] == ["0.432", "0.432", "0.432", "–"]
+    assert "Energy was counted by package-0, whoever used it." in page.text
+
+
+def test_the_terminal_shows_bounds_and_memory():
+    lines = format_run(with_roofline(make_record())).splitlines()
+    assert "memory MB" in lines[2]
+    head = next(index for index, line in enumerate(lines) if line.startswith("roofline"))
+    words = [" ".join(line.split()) for line in lines[head:]]
+    assert words[0] == "roofline bound at tok/s best realized MBU MFU largest saving saving"
+    assert words[4] == "int8@onnxruntime memory 1 43.8 87.6 50% 55% 3% 70% 47%"
+    assert lines[head + 7] == ""
+    assert "J/token" in format_run(with_roofline(make_record(), joules=0.4))
+    assert not any(line.startswith("roofline") for line in format_run(make_record()).splitlines())

@@ -27,6 +27,7 @@ from pennyweight.records import (
     Percentiles,
     QualityReport,
     RecipeRef,
+    Roofline,
     RunRecord,
     StageTime,
     Verdict,
@@ -645,3 +646,20 @@ def test_digest_of_files_is_the_folder_digest(tmp_path: Path) -> None:
     expected = folder_digest(tmp_path)
     (tmp_path / evidence.EVIDENCE).write_text("{}")
     assert evidence.digest_of_files(evidence.file_digests(tmp_path)) == expected
+
+
+def test_bounds_and_energy_are_logged_beside_the_cost() -> None:
+    point = make_point(1, 0.2, saving=0.5)
+    before = {measure.name for measure in naming.cost_measures(point)}
+    bound = Roofline(
+        best_output_tokens_per_second=250, bound="memory", realized=0.4, mbu=0.5, mfu=0.1, prefill_seconds=0.1,
+        decode_step_seconds=0.01, weight_bytes=10, kv_bytes_per_position=1, read_gb_per_s=17, peak_gops=300,
+    )  # fmt: skip
+    found = naming.cost_measures(point.model_copy(update={"roofline": bound, "joules_per_output_token": 0.3}))
+    assert {measure.name: measure.value for measure in found if measure.name not in before} == {
+        "best_output_tokens_per_second": 250,
+        "realized": 0.4,
+        "mbu": 0.5,
+        "mfu": 0.1,
+        "joules_per_output_token": 0.3,
+    }

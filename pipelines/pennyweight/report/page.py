@@ -9,7 +9,7 @@ import yaml
 
 from pennyweight.compare import Flip
 from pennyweight.records import RunRecord
-from pennyweight.report import answers, making, tables
+from pennyweight.report import answers, making, roofline, tables
 from pennyweight.report.markup import Html, el, join
 from pennyweight.report.plots import quality_against_cost, slo_words, throughput_against_latency
 from pennyweight.report.verdict import first_screen, headline
@@ -44,6 +44,11 @@ def _sections(record: RunRecord, flips: dict[str, list[Flip]]) -> list[Html]:
         *([_section("Questions that flipped", answers.note(flips), answers.flipped(flips))] if flips else []),
         *([_section("How the variants were made", making.table(record))] if making.variants(record) else []),
         _section("Cost at every load", _load_notes(record), tables.cost_by_load(record)),
+        *(
+            [_section("Roofline", roofline.note(record), roofline.table(record))]
+            if roofline.is_measured(record)
+            else []
+        ),
         _section("Where the time went", el("p", tables.time_summary(record)), tables.stages(record)),
         _notes(record),
         _section("Environment and digests", tables.environment(record), _digest_note(), tables.digests(record)),

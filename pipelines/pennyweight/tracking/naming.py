@@ -163,6 +163,11 @@ def cost_measures(point: CostPoint) -> list[Measure]:
     }
     if point.saving:
         values |= {"saving": point.saving.value, "saving_low": point.saving.low, "saving_high": point.saving.high}
+    if point.roofline:
+        names = ("best_output_tokens_per_second", "realized", "mbu", "mfu", "largest_saving", "saving_realized")
+        values |= {name: value for name in names if (value := getattr(point.roofline, name)) is not None}
+    if point.joules_per_output_token is not None:
+        values["joules_per_output_token"] = point.joules_per_output_token
     return [Measure(name, value) for name, value in values.items()]
 
 
