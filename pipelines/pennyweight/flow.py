@@ -30,6 +30,7 @@ from pennyweight.records import (
     Candidate,
     CandidateResult,
     Checkpoint,
+    LeverReport,
     QualityReport,
     RecipeRef,
     RunRecord,
@@ -112,6 +113,7 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
             "energy_counters": benchmark.energy_counters,
             "candidates": results,
             "stages": current.times,
+            "levers": _levers(current, winner, candidates, texts),
             "notes": [*_notes(recipe, benchmark), *scheme_notes(recipe), *texts.notes],
             "seconds": time.perf_counter() - begin,
         }
@@ -121,6 +123,16 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
     if record.tracking:
         log_unlogged(folder.parent, recipe.name)
     return _finish(record, current, begin)
+
+
+def _levers(
+    current: Run, winner: str | None, candidates: dict[str, Candidate], texts: stages.Texts
+) -> list[LeverReport]:
+    spec = current.recipe.benchmark
+    if not (winner and spec.levers):
+        return []
+    draft = candidates.get(f"{spec.draft}@{candidates[winner].runtime}")
+    return stages.levers(current, candidates[winner], draft, texts)
 
 
 class Looker:

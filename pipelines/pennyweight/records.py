@@ -207,6 +207,17 @@ class CostReport(Record):
     )
 
 
+class LeverReport(Record):
+    """One setting of a candidate's engine, off and on in turn."""
+
+    lever: str
+    candidate: str
+    concurrency: int
+    saving: Interval | None = Field(None, description="1 − cost with it / cost without it; None where it was not tried")
+    kept: bool = False
+    reason: str = ""
+
+
 class Price(Record):
     """What an hour of a machine costs, and where that is written."""
 
@@ -320,6 +331,7 @@ class RunRecord(Record):
     seconds: float = 0.0
     candidates: list[CandidateResult] = []
     stages: list[StageTime] = []
+    levers: list[LeverReport] = Field([], description="settings of its engine that were tried on the winner")
     price: Price | None = None
     ceilings: Measured | None = Field(None, description="the machine's speed in the benchmark's session")
     energy_counters: list[str] = Field([], description="what joules were counted by")

@@ -45,6 +45,8 @@ def format_run(record: RunRecord) -> str:
     lines = [headline(record, decide_at), "", *_table(record, decide_at), ""]
     if rows := _roofline(record):
         lines += [*rows, ""]
+    if record.levers:
+        lines += [*_levers(record), ""]
     for result in record.candidates:
         if result.verdict.status != "base":
             lines.append(f"{result.id}: {result.verdict.status}")
@@ -67,6 +69,16 @@ def headline(record: RunRecord, decide_at: int) -> str:
         f"{point.saving.value:.0%} less than {point.saving_against} "
         f"(95% interval {point.saving.low:.0%} to {point.saving.high:.0%}) at concurrency {decide_at}"
     )
+
+
+def _levers(record: RunRecord) -> list[str]:
+    rows = [["lever", "saving", "95% interval", "", ""]]
+    for lever in record.levers:
+        saving = lever.saving
+        value = f"{saving.value:.0%}" if saving else "-"
+        interval = f"{saving.low:.0%} to {saving.high:.0%}" if saving else "-"
+        rows.append([lever.lever, value, interval, "kept" if lever.kept else "left off", lever.reason])
+    return columns(rows, left=1)
 
 
 def _table(record: RunRecord, decide_at: int) -> list[str]:

@@ -184,7 +184,6 @@ def learn_stored(module: torch.nn.Module, name: str, stored: torch.dtype) -> Tra
 
 
 class _Stored(torch.nn.Module):
-
     def __init__(self, stored: torch.dtype, compute: torch.dtype):
         super().__init__()
         self._stored, self._compute = stored, compute

@@ -14,7 +14,7 @@ from pennyweight.errors import SourceError, StoreError
 from pennyweight.machine import Measured
 from pennyweight.plan.constants import DOWNLOAD_BYTES_PER_SECOND
 from pennyweight.plan.job import Job
-from pennyweight.plan.problems import Problems, check_lengths, check_machine, check_room, check_steps
+from pennyweight.plan.problems import Problems, check_lengths, check_levers, check_machine, check_room, check_steps
 from pennyweight.plan.records import Plan, PlanProblem
 from pennyweight.plan.schemes import check_backends, check_runtimes, scheme_notes
 from pennyweight.plan.show import format_bytes, format_plan, format_seconds
@@ -41,6 +41,7 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     if shape:
         check_steps(recipe, shape, found)
         check_lengths(recipe, shape, found)
+        check_levers(recipe, found)
     notes += _notes(device, measured) + scheme_notes(recipe)
     if recipe.on_inconclusive == "extend":
         notes.append("further looks at undecided candidates are not counted: they depend on what is seen")

@@ -46,6 +46,7 @@ BASELINE_BYTES = {
     "reference": 900 * MB,
     "evaluate": 900 * MB,
     "benchmark": 900 * MB,
+    "levers": 900 * MB,
     "track": 900 * MB,
 }
 #: The same for the ONNX builder's own process.

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from pennyweight import installed, machine
+from pennyweight import installed, machine, runtimes
 from pennyweight.errors import StoreError, did_you_mean
 from pennyweight.plan.allocation import budget_problems
 from pennyweight.plan.constants import BASELINE_BYTES
@@ -45,6 +45,16 @@ def check_machine(recipe: Recipe, device: str, found: Problems) -> list[str]:
             hint = f"pip install 'pennyweight[{extra}]'"
             found.add("runtimes", f"runtime {runtime} needs {', '.join(missing)}", hint, "machine")
     return extras
+
+
+def check_levers(recipe: Recipe, found: Problems) -> None:
+    """A lever that no runtime of the variants has."""
+    for index, lever in enumerate(recipe.benchmark.levers):
+        if not any(lever in runtimes.get(name).levers for name in recipe.runtimes.variants):
+            names = ", ".join(recipe.runtimes.variants)
+            found.add(
+                f"benchmark.levers.{index}", f"{names} has no {lever}", "add openvino to `runtimes`, or remove it"
+            )
 
 
 def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 
-from pennyweight import machine
+from pennyweight import machine, runtimes
 from pennyweight.plan.constants import (
     ACTIVATION_COPIES,
     BASELINE_BYTES,
@@ -53,6 +53,7 @@ def estimate_stages(job: Job) -> list[StageEstimate]:
         _reference(job),
         *_evaluations(job),
         _benchmark(job),
+        *([_levers(job)] if job.recipe.benchmark.levers else []),
         _track(job),
     ]
 
@@ -269,6 +270,26 @@ def _benchmark(job: Job) -> StageEstimate:
         stage="benchmark", subject=subject, seconds=None if seconds is None else seconds + loading, disk_bytes=0,
         peak_memory_bytes=BASELINE_BYTES["benchmark"] + (sum(loaded) if resident else max(loaded)) + cache + logits,
         notes=[] if resident else ["benchmark: too little memory to keep all candidates loaded; loaded in turn"],
+    )  # fmt: skip
+
+
+def _levers(job: Job) -> StageEstimate:
+    """The winner is not known, so its time is that of the slowest that may win."""
+    spec, subject = job.recipe.benchmark, "the winner"
+    if job.shape is None:
+        return _unknown("levers", subject)
+    load = spec.workload
+    names = [name for name in job.recipe.candidates() if name[0] != "base" and runtimes.get(name[1]).levers]
+    waves = [
+        wave_seconds(job, runtime, step_of(job.recipe, variant), spec.decide_at, load.input_tokens, load.output_tokens)
+        for variant, runtime in names
+    ]
+    loaded = [job.loaded_bytes(runtime, step_of(job.recipe, variant)) for variant, runtime in names]
+    turns = 2 * (1 + spec.decide_rounds)
+    seconds = None if None in waves else len(spec.levers) * (turns * max(waves) + per_gb("load", 2 * max(loaded)))
+    return StageEstimate(
+        stage="levers", subject=subject, seconds=seconds, disk_bytes=0,
+        peak_memory_bytes=BASELINE_BYTES["levers"] + 3 * max(loaded),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ recipe and the shipped suites, tasks, data pins and prices, and touches nothing 
 """
 
 from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
-from pennyweight.recipe.schema import WORKLOADS, Base, Benchmark, DataSource, Recipe, RuntimeName, Slo
+from pennyweight.recipe.schema import WORKLOADS, Base, Benchmark, DataSource, LeverName, Recipe, RuntimeName, Slo
 from pennyweight.recipe.steps import (
     ACTIVATIONS,
     CALIBRATED,
@@ -31,6 +31,7 @@ __all__ = [
     "Budget",
     "Calibration",
     "DataSource",
+    "LeverName",
     "Quantize",
     "Recipe",
     "Recover",

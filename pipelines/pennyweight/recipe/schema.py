@@ -32,10 +32,22 @@ class Runtimes(Section):
     variants: list[RuntimeName] = Field(min_length=1)
 
 
+#: Settings of engines that may make tokens cheaper.
+LeverName = Literal["prefix_caching", "prompt_lookup", "float_cache", "small_steps", "draft"]
+
+
 class Workload(Section):
     name: str = "custom"
     input_tokens: int = Field(ge=1)
     output_tokens: int = Field(ge=2)
+    shared_prefix: int = Field(0, ge=0)
+    """Tokens of every prompt that all requests have in common, such as a system prompt."""
+
+    @model_validator(mode="after")
+    def _prefix_is_a_part(self) -> Workload:
+        if self.shared_prefix >= self.input_tokens:
+            raise ValueError(f"shared_prefix: {self.shared_prefix} of {self.input_tokens} input tokens leave no prompt")
+        return self
 
 
 #: Named request shapes: tokens in and out of one request.
@@ -72,6 +84,14 @@ class Benchmark(Section):
     decide_rounds: int = Field(8, ge=3)
     """The same, at `decide_at`."""
     slo: Slo | None = None
+    levers: list[LeverName] = Field([])
+    """Tried on the winner at `decide_at`, each off and on in turn, and kept where the saving is surely above 0.
+    prefix_caching: keys and values of a prefix that was read before are taken again. prompt_lookup: tokens that followed
+    the same words in the prompt are proposed, and checked several at once. float_cache: keys and values stay floating
+    point. small_steps: prompts are read in parts, between the tokens of other requests. draft: another variant proposes
+    tokens."""
+    draft: Name | None = None
+    """The variant that proposes tokens under the lever `draft`."""
     price: PriceSpec
     """`PROVIDER/INSTANCE` of the price sheet (`:spot` for spot), or `{name, usd_per_hour}`."""
 
@@ -100,6 +120,10 @@ class Benchmark(Section):
             raise ValueError(f"decide_at: {self.decide_at} is not measured; concurrency is {self.concurrency}")
         if len(set(self.concurrency)) != len(self.concurrency):
             raise ValueError(f"concurrency names a load twice: {self.concurrency}")
+        if len(set(self.levers)) != len(self.levers):
+            raise ValueError(f"levers names one twice: {', '.join(self.levers)}")
+        if (self.draft is None) != ("draft" not in self.levers):
+            raise ValueError("the lever `draft` and the key `draft`, the variant that proposes, need each other")
         return self
 
 
@@ -177,6 +201,13 @@ class Recipe(Section):
     def _base_is_ours(self) -> Recipe:
         if "base" in self.variants:
             raise ValueError("variants: 'base' is the base's own name; choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _draft_is_a_variant(self) -> Recipe:
+        if self.benchmark.draft is not None and self.benchmark.draft not in self.variants:
+            hint = did_you_mean(self.benchmark.draft, list(self.variants))
+            raise ValueError(f"benchmark.draft: no variant is called {self.benchmark.draft!r}; {hint}")
         return self
 
     def candidates(self) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ import yaml
 
 from pennyweight.compare import Flip
 from pennyweight.records import RunRecord
-from pennyweight.report import answers, making, roofline, tables
+from pennyweight.report import answers, levers, making, roofline, tables
 from pennyweight.report.markup import Html, el, join
 from pennyweight.report.plots import quality_against_cost, slo_words, throughput_against_latency
 from pennyweight.report.verdict import first_screen, headline
@@ -47,6 +47,11 @@ def _sections(record: RunRecord, flips: dict[str, list[Flip]]) -> list[Html]:
         *(
             [_section("Roofline", roofline.note(record), roofline.table(record))]
             if roofline.is_measured(record)
+            else []
+        ),
+        *(
+            [_section("Levers of the winner's engine", levers.note(record), levers.table(record))]
+            if record.levers
             else []
         ),
         _section("Where the time went", el("p", tables.time_summary(record)), tables.stages(record)),

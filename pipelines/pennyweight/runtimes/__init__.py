@@ -6,8 +6,8 @@ they are has none. `load` gives a `Session`, the one small interface that evalua
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,6 +72,8 @@ class RuntimeKind:
     """Exported files → bytes of the weight files, and of the tensors in them."""
     quantized_tensors: Callable[[Path], int] | None = None
     """Exported files → how many of the tensors in them are quantized."""
+    levers: Mapping[str, Callable[[Candidate, str, Candidate | None], Session]] = field(default_factory=dict)
+    """Lever → (candidate, device, the candidate that proposes tokens) → a session with that lever on."""
     exact: bool = True
     """What is not quantized is computed in the dtype that `compute_dtype` says, the KV cache included."""
     streamed_bytes: Callable[[Candidate, ModelShape], int] | None = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,10 @@ if TYPE_CHECKING:
 MODEL = "model.gguf"
 #: Tokens of prompts that are read in one step of the scheduler.
 BATCHED_TOKENS = 2048
+#: The same where prompts are to be read in small parts.
+SMALL_STEP_TOKENS = 256
+#: Tokens that are proposed and checked at once, and those of the longest sequence that is looked up in the prompt.
+PROPOSED_TOKENS, LOOKED_UP_TOKENS = 4, 3
 
 
 def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
@@ -66,12 +72,28 @@ def streamed_bytes(candidate: Candidate, shape: ModelShape) -> int:
     return sum(min(int(tensor.n_bytes), int(tensor.n_elements) * itemsize) for tensor in tensors.values())
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What of the engine may be turned."""
+
+    batched_tokens: int = BATCHED_TOKENS
+    prefix_caching: bool = False
+    float_cache: bool = False
+    prompt_lookup: bool = False
+    draft: Candidate | None = None
+
+    @property
+    def speculates(self) -> bool:
+        return self.prompt_lookup or self.draft is not None
+
+
 class OpenVinoSession:
     """Scores through the graph that OpenVINO GenAI makes of the file, generates through its continuous batching; each
     is loaded when first used."""
 
-    def __init__(self, candidate: Candidate, device: str):
+    def __init__(self, candidate: Candidate, device: str, settings: Settings = Settings()):
         self._file = Path(candidate.path) / MODEL
+        self._settings = settings
         self._scorer: Any = None
         self._generator: Any = None
         self.context: int | None = _context(self._file)
@@ -105,6 +127,10 @@ class OpenVinoSession:
         if stop:
             settings.eos_token_id = pipeline.get_tokenizer().get_eos_token_id()
             settings.stop_token_ids = {settings.eos_token_id}
+        if self._settings.speculates:
+            settings.num_assistant_tokens = PROPOSED_TOKENS
+        if self._settings.prompt_lookup:
+            settings.max_ngram_size = LOOKED_UP_TOKENS
         start = time.perf_counter()
         handles = [
             pipeline.add_request(row, openvino.Tensor(np.ascontiguousarray(prompt[None], np.int64)), settings)
@@ -131,9 +157,6 @@ class OpenVinoSession:
         self._scorer = self._generator = None
         gc.collect()
 
-    def _settings(self) -> dict[str, Any]:
-        return {"INFERENCE_NUM_THREADS": machine.threads()}
-
     def _load_scorer(self) -> Any:
         if self._scorer is None:
             import openvino
@@ -143,7 +166,7 @@ class OpenVinoSession:
                 core = openvino.Core()
                 # Read whole: the files behind a mapped model would be gone with their folder.
                 core.set_property({"ENABLE_MMAP": False})
-                self._scorer = core.compile_model(graph, "CPU", self._settings()).create_infer_request()
+                self._scorer = core.compile_model(graph, "CPU", _threads()).create_infer_request()
         return self._scorer
 
     def _load_generator(self) -> Any:
@@ -151,11 +174,31 @@ class OpenVinoSession:
             import openvino_genai
 
             scheduler = openvino_genai.SchedulerConfig()
-            scheduler.max_num_batched_tokens = BATCHED_TOKENS
-            self._generator = openvino_genai.ContinuousBatchingPipeline(
-                str(self._file), scheduler, "CPU", self._settings()
-            )
+            scheduler.max_num_batched_tokens = self._settings.batched_tokens
+            scheduler.enable_prefix_caching = self._settings.prefix_caching
+            with tempfile.TemporaryDirectory(prefix="openvino-") as scratch:
+                properties = self._properties(Path(scratch))
+                self._generator = openvino_genai.ContinuousBatchingPipeline(
+                    str(self._file), scheduler, "CPU", properties
+                )
         return self._generator
+
+    def _properties(self, scratch: Path) -> dict[str, Any]:
+        import openvino_genai
+
+        found: dict[str, Any] = _threads()
+        if self._settings.float_cache:
+            found["KV_CACHE_PRECISION"] = "bf16" if machine.has_native_bf16() else "f32"
+        if self._settings.prompt_lookup:
+            found["prompt_lookup"] = True
+        if self._settings.draft is not None:
+            graph = _as_graph(Path(self._settings.draft.path) / MODEL, scratch)
+            found["draft_model"] = openvino_genai.draft_model(str(graph.parent), "CPU", **_threads())
+        return found
+
+
+def _threads() -> dict[str, Any]:
+    return {"INFERENCE_NUM_THREADS": machine.threads()}
 
 
 def _context(file: Path) -> int | None:
@@ -184,6 +227,21 @@ def _end(answers: list[list[int]]) -> int:
     return shortest[-1] if shortest else 0
 
 
+LEVERS = {
+    "prefix_caching": Settings(prefix_caching=True),
+    "prompt_lookup": Settings(prompt_lookup=True),
+    "float_cache": Settings(float_cache=True),
+    "small_steps": Settings(batched_tokens=SMALL_STEP_TOKENS),
+    "draft": Settings(),
+}
+
+
+def _load_with(lever: str, candidate: Candidate, device: str, draft: Candidate | None) -> OpenVinoSession:
+    """A session with one lever on. `draft` is needed by the lever of that name alone."""
+    settings = replace(LEVERS[lever], draft=draft) if lever == "draft" else LEVERS[lever]
+    return OpenVinoSession(candidate, device, settings)
+
+
 RUNTIME = RuntimeKind(
     version=1,
     libraries=("openvino-genai", "openvino", "gguf"),
@@ -192,6 +250,7 @@ RUNTIME = RuntimeKind(
     compute_dtype=compute_dtype,
     sizes=sizes,
     quantized_tensors=quantized_tensors,
+    levers={lever: partial(_load_with, lever) for lever in LEVERS},
     exact=False,  # keys and values are kept in 8 bits
     streamed_bytes=streamed_bytes,
     kv_itemsize=1,

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import benchmark as bench
 from pennyweight import machine, runtimes
+from pennyweight.benchmark import levers as lever_trials
 from pennyweight.errors import StageError
-from pennyweight.records import BenchmarkReport, Candidate
+from pennyweight.records import BenchmarkReport, Candidate, LeverReport
 from pennyweight.stages.run import Run
 from pennyweight.stages.texts import Texts
 from pennyweight.store import Entry
@@ -52,9 +53,47 @@ def benchmark(run: Run, candidates: list[Candidate], texts: Texts) -> BenchmarkR
     return BenchmarkReport.model_validate(entry.record)
 
 
+def levers(run: Run, winner: Candidate, draft: Candidate | None, texts: Texts) -> list[LeverReport]:
+    """What settings of its engine save on the winner. `draft` proposes tokens under the lever of that name."""
+    settings = run.recipe.benchmark
+    inputs = {
+        "version": bench.VERSION,
+        "candidate": winner.digest,
+        "draft": draft and draft.digest,
+        "settings": settings.model_dump(mode="json"),
+        "prompts": texts.digests.get("prompts"),
+        "runtimes": [runtimes.key(winner.runtime, run.device)],
+        "machine": machine.fingerprint(),
+    }
+
+    def build(_: Path) -> dict[str, Any]:
+        prompts, expected = _prompts(run, texts), run.plan.expected_seconds("levers", "the winner") or 0.0
+        with stage.library():
+            tried = lever_trials.measure(
+                winner, settings, prompts, run.device,
+                lambda detail, done: run.progress.fraction("levers", detail, done, expected), draft,
+            )  # fmt: skip
+        return {
+            "levers": [report.model_dump(mode="json") for report in tried],
+            "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    with run.stage("levers", "the winner") as stage:
+        found = run.store.find("levers", inputs)
+        if found and _is_old(found):
+            run.store.discard(found)
+        entry = run.store.get_or_build("levers", inputs, build)
+        stage.reused = entry.reused
+    return [LeverReport.model_validate(item) for item in entry.record["levers"]]
+
+
 def _is_stale(entry: Entry) -> bool:
+    return bool(entry.record["failures"]) or _is_old(entry)
+
+
+def _is_old(entry: Entry) -> bool:
     measured = datetime.fromisoformat(entry.record["measured_at"])
-    return bool(entry.record["failures"]) or datetime.now(UTC) - measured > timedelta(days=bench.MAX_AGE_DAYS)
+    return datetime.now(UTC) - measured > timedelta(days=bench.MAX_AGE_DAYS)
 
 
 def _prompts(run: Run, texts: Texts) -> np.ndarray:
@@ -64,4 +103,6 @@ def _prompts(run: Run, texts: Texts) -> np.ndarray:
             "there is no text to make prompts of",
             "give the suite `divergence:`, or the recipe a data set with `text:`",
         )
+    shared = run.recipe.benchmark.workload.shared_prefix
+    windows[:, :shared] = windows[0, :shared]
     return windows
