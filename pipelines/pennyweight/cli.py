@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pennyweight import __version__
+from pennyweight.commands.common import Commands, friendly, json_option, print_json, say
+from pennyweight.commands.load import bench, cost
 from pennyweight.errors import PennyweightError, UsageError, did_you_mean
-
-EXIT_INTERRUPTED = 130
-
-
-class Commands(click.Group):
-    """A group that helps with a mistyped command, and lists commands in the order that they are used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.commands)
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
-            raise click.UsageError(f"no command {args[0]!r}; {did_you_mean(args[0], list(self.commands))}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -42,47 +27,12 @@ def main(debug: bool) -> None:
     click.get_current_context().obj = {"debug": debug}
 
 
-def friendly(command: Callable[..., int | None]) -> Callable[..., None]:
-    """Turn our errors into a message and an exit code, and a returned number into the exit code."""
-
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        debug = (click.get_current_context().find_root().obj or {}).get("debug")
-        try:
-            code = command(*args, **kwargs)
-        except PennyweightError as error:
-            if debug:
-                raise
-            say(f"error: {error}")
-            code = error.exit_code
-        except KeyboardInterrupt:
-            say("stopped; finished stages are kept, so the same command goes on where it was")
-            code = EXIT_INTERRUPTED
-        except Exception as error:
-            if debug:
-                raise
-            say(f"error: {type(error).__name__}: {error}")
-            say("hint: this is a fault of ours or of a library; `pennyweight --debug …` shows where it happened")
-            code = 4
-        sys.exit(code or 0)
-
-    return wrapped
-
-
-def say(line: str) -> None:
-    click.echo(line, err=True)
-
-
 def recipe_arguments(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.argument("more", nargs=-1, metavar="[KEY=VALUE]...")(command)
     command = click.argument("recipe", metavar="RECIPE")(command)
     return click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a value of the recipe; can be repeated."
     )(command)
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
 def runs_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,13 +68,13 @@ def validate(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], as_
     if is_suite(recipe) and not (overrides or more):
         suite = load_suite(recipe)
         if as_json:
-            _print_json(suite.model_dump(mode="json", by_alias=True))
+            print_json(suite.model_dump(mode="json", by_alias=True))
         else:
             click.echo(f"{recipe}: valid; measures {', '.join(suite.metrics())}")
         return 0
     loaded, _ = _load(recipe, overrides, more)
     if as_json:
-        _print_json(loaded.dump())
+        print_json(loaded.dump())
     else:
         names = ", ".join(f"{variant}@{runtime}" for variant, runtime in loaded.candidates())
         click.echo(f"{recipe}: valid; candidates {names}")
@@ -143,7 +93,7 @@ def plan(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], as_json
     loaded, path = _load(recipe, overrides, more)
     made = make_plan(loaded, Store(), file=str(path))
     if as_json:
-        _print_json(made.model_dump(mode="json"))
+        print_json(made.model_dump(mode="json"))
     else:
         click.echo(format_plan(made))
     return 2 if made.problems else 0
@@ -163,7 +113,7 @@ def run(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], runs: Pa
     loaded, path = _load(recipe, overrides, more)
     record = flow.run(loaded, path, runs, Store(), say)
     if as_json:
-        _print_json(record.model_dump(mode="json", by_alias=True))
+        print_json(record.model_dump(mode="json", by_alias=True))
     else:
         click.echo(show.format_run(record))
     say(f"report: {Path(record.run_dir) / flow.REPORT_FILE}")
@@ -194,7 +144,7 @@ def show(run_dir: Path, candidate: str | None, task: str | None, limit: int, jun
     if candidate or task:
         _show_flips(record, candidate, task, limit, as_json)
     elif as_json:
-        _print_json(record.model_dump(mode="json", by_alias=True))
+        print_json(record.model_dump(mode="json", by_alias=True))
     else:
         click.echo(show_.format_run(record))
     return 0
@@ -213,7 +163,7 @@ def _show_flips(record: Any, candidate: str | None, task: str | None, limit: int
     found = compare_.flips_of_candidate(record, compare_.find(record, name), theirs)
     flips = [flip for flip in found if task in (None, flip.task)]
     if as_json:
-        _print_json([flip.model_dump(mode="json") for flip in flips])
+        print_json([flip.model_dump(mode="json") for flip in flips])
     else:
         click.echo(f"{name} (ours) against the base in transformers (theirs)\n")
         click.echo("\n".join(compare_.format_flips(flips, limit)))
@@ -237,7 +187,7 @@ def compare(ours: str, theirs: str, markdown: bool, limit: int, junit: Path | No
 
         _write(junit, junit_.of_comparison(found))
     if as_json:
-        _print_json(found.model_dump(mode="json"))
+        print_json(found.model_dump(mode="json"))
     else:
         click.echo(compare_.format_markdown(found) if markdown else compare_.format_comparison(found, limit))
     return 0
@@ -279,7 +229,7 @@ def promote(model: str, version: int | None, as_json: bool) -> int:
 
     done = tracking.promote(model, version)
     if as_json:
-        _print_json(done.model_dump(mode="json"))
+        print_json(done.model_dump(mode="json"))
     else:
         click.echo(done.describe())
     return 0
@@ -297,7 +247,7 @@ def export(source: str, kind: str, target: Path, as_json: bool) -> int:
 
     done = formats.export(source, kind, target)
     if as_json:
-        _print_json(done.model_dump(mode="json"))
+        print_json(done.model_dump(mode="json"))
     else:
         click.echo(done.describe())
     return 0
@@ -331,7 +281,7 @@ def store_list(as_json: bool) -> int:
 
     entries = list(Store().entries())
     if as_json:
-        _print_json([{"stage": s, "key": k, "path": str(f), "used": t, "bytes": b} for s, k, f, t, b in entries])
+        print_json([{"stage": s, "key": k, "path": str(f), "used": t, "bytes": b} for s, k, f, t, b in entries])
     else:
         click.echo(show_.format_store(entries))
     return 0
@@ -347,7 +297,7 @@ def store_size(as_json: bool) -> int:
     here = Store()
     size = folder_bytes(here.root) if here.root.exists() else 0
     if as_json:
-        _print_json({"path": str(here.root), "bytes": size})
+        print_json({"path": str(here.root), "bytes": size})
     else:
         click.echo(f"{here.root}: {size / 1e6:,.0f} MB")
     return 0
@@ -363,82 +313,14 @@ def store_gc(older_than: float, as_json: bool) -> int:
 
     removed, freed = Store().collect_garbage(older_than)
     if as_json:
-        _print_json({"removed": removed, "freed_bytes": freed})
+        print_json({"removed": removed, "freed_bytes": freed})
     else:
         click.echo(f"removed {removed}, freed {freed / 1e6:,.0f} MB")
     return 0
 
 
-@main.command()
-@click.argument("target")
-@click.option("--concurrency", type=int, multiple=True, help="Users, each with one request in flight; can be repeated.")
-@click.option("--rate", type=float, multiple=True, help="Requests a second, at random; can be repeated.")
-@click.option("--trace", type=click.Path(path_type=Path), help="Replay arrivals and lengths: JSONL or CSV.")
-@click.option("--trace-speed", type=float, default=1.0, help="So many times as fast.")
-@click.option("--trace-length", type=float, default=1.0, help="So many times as long.")
-@click.option("--knee", type=int, metavar="USERS", help="Find the cheapest load that meets --slo, up to so many users.")
-@click.option("--workload", default="chat", show_default=True, help="A named shape, or tokens IN:OUT, as 512~0.5:128.")
-@click.option("--requests", type=click.IntRange(1), help="End a load after so many.")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End a load after so long.")
-@click.option("--slo", metavar="LIMITS", help="Such as ttft_p95_ms=500,tpot_p95_ms=50.")
-@click.option("--price", help="A name of the price sheet, or dollars an hour.")
-@click.option("--model", help="Name at the server; needed where it serves several.")
-@click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
-@click.option("--tokenizer", help="Folder or name; prompts are then cut to exact tokens.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text file that prompts are cut from.")
-@click.option("--key-from", default="OPENAI_API_KEY", show_default=True, help="Variable that holds the server's key.")
-@click.option("--stop-at-eos", is_flag=True, help="Let the model end answers; else `ignore_eos` is asked for.")
-@click.option("--stall-seconds", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a row for each request.")
-@click.option("--vllm-json", "vllm_path", type=click.Path(path_type=Path), help="Write what `vllm bench serve` would.")
-@json_option
-@friendly
-def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **options: Any) -> int:
-    """Measure what a server gives at a load. TARGET is the URL of an OpenAI-compatible server.
-
-    A Ctrl-C ends the measurement and keeps what it has.
-    """
-    from pennyweight.load import bench as bench_
-    from pennyweight.load.command import Options, format_bench, prepare, write_files
-    from pennyweight.store import Store
-
-    measured = bench_.run(prepare(Options(**options), Store()), say)
-    if as_json:
-        _print_json(measured.report.model_dump(mode="json"))
-    else:
-        click.echo(format_bench(measured.report))
-    write_files(measured, csv_path, vllm_path, options["tokenizer"])  # last: a full disk must not cost the table
-    return EXIT_INTERRUPTED if measured.report.interrupted else 0
-
-
-@main.command()
-@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--price", help="Of the machine: a name of the price sheet, or dollars an hour.")
-@click.option("--api", metavar="IN:OUT", help="An API's dollars for a million tokens: when does hosting pay?")
-@click.option("--mix", metavar="IN:OUT", default="chat", show_default=True, help="Tokens of a request, for --api.")
-@json_option
-@friendly
-def cost(reports: tuple[Path, ...], price: str | None, api: str | None, mix: str, as_json: bool) -> int:
-    """Say what input, output and idle time cost, and when hosting pays.
-
-    REPORTS are files that `bench --json` printed, of one server at three or more mixes of input and output.
-    """
-    from pennyweight.load import card as card_
-    from pennyweight.load import command
-    from pennyweight.load.workload import parse_shape
-
-    shape = parse_shape(mix)
-    prices = command.parse_api_price(api) if api else None
-    usd_per_hour = command.parse_price(price).usd_per_hour if price else None
-    card = card_.fit([command.read_report(path) for path in reports], usd_per_hour)
-    pays = card_.break_even(card, shape.input.mean, shape.output.mean, *prices) if prices else None
-    if as_json:
-        found = {"card": card.model_dump(mode="json"), "break_even": pays and pays.model_dump(mode="json")}
-        _print_json(found)
-    else:
-        click.echo(command.format_card(card, pays))
-    return 0
+main.add_command(bench)
+main.add_command(cost)
 
 
 @main.command()
@@ -451,7 +333,7 @@ def doctor(as_json: bool) -> int:
 
     found = doctor_.doctor()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         click.echo(show_.format_doctor(found))
     return 0
@@ -465,7 +347,3 @@ def _load(recipe: str, overrides: tuple[str, ...], more: tuple[str, ...]) -> Any
         if "=" not in word:
             raise UsageError(f"unexpected argument {word!r}", "after the recipe come KEY=VALUE pairs")
     return load_recipe(recipe, [*overrides, *more]), shipped.recipe_path(recipe)
-
-
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1))

@@ -53,11 +53,12 @@ def runtime_report(runtime: str) -> dict[str, Any]:
     if report["installed"] and runs_on_gpu and not any(line.startswith("cuda") for line in report["can"]):
         report["missing"] = installed.missing_packages(runtime, device) or ["a build for this machine's GPU and driver"]
     if report["missing"]:
-        report["get"] = _how_to_get(runtime, device)
+        report["get"] = how_to_get(runtime, device)
     return report
 
 
-def _how_to_get(runtime: str, device: str) -> str:
+def how_to_get(runtime: str, device: str) -> str:
+    """The command that installs what a runtime needs on `device`."""
     if runtime == "transformers":
         return "install torch's CUDA build" if installed.installed_version("torch") else "pip install pennyweight"
     extra = "gpu" if device == "cuda" and runtime != "openvino" else "cpu"

@@ -100,6 +100,17 @@ def test_every_source_of_evidence_is_measured_with_an_interval(finished: Path) -
     assert all(condition["needed"] and condition["detectable"] for condition in conditions)
 
 
+@pytest.mark.parametrize("target", ["runs/latest", "tiny@challenger"])
+def test_the_winner_is_measured_by_its_runs_name_and_by_its_registered_one(finished: Path, target: str) -> None:
+    (finished / "words.txt").write_text("A young bird walks slowly over the old stone.\n\n" * 50)
+    load = ("--workload", "12:4", "--concurrency", "2", "--requests", "6", "--text", "words.txt", "--json")
+    done = pennyweight("bench", target, *load, cwd=finished, store=finished / "store")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["runtime"], report["target"]) == ("onnxruntime", target)
+    assert report["loads"][0]["input_tokens"] == 12 * report["loads"][0]["requests"] > 0
+
+
 def test_looks_go_on_until_the_gate_is_sure(finished: Path, tmp_path: Path) -> None:
     """20 questions cannot see a margin of 0.1; each look doubles them, of the undecided task alone."""
     shutil.copy(finished / "tiny.yaml", tmp_path)

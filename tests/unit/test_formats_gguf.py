@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -151,3 +153,38 @@ def test_engines_that_read_a_file_wrongly_are_named() -> None:
 def test_words_that_openvino_splits_otherwise_are_noted() -> None:
     assert engines.notes("smollm") == engines.notes(vocabulary.PIECES) == []
     assert "token ids, not text" in engines.notes("gpt-2")[0]
+
+
+def written(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], **metadata: str) -> Path:
+    """A GGUF file of a Llama with these tensors: name → (type, data)."""
+    file = folder / f"{len(list(folder.iterdir()))}.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    for key, value in {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2", **metadata}.items():
+        writer.add_string(key, value)
+    for name, (kind, data) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_file_of_others_that_openvino_would_misread_is_told(tmp_path: Path) -> None:
+    ours = ("Q4_1", blocks.from_layer("x", layer(4, symmetric=False)).data)
+    values = np.random.default_rng(0).normal(size=(6, 128)).astype(np.float32)
+    theirs = ("Q4_1", gguf.quantize(values, gguf.GGMLQuantizationType.Q4_1))
+    halves = ("F16", values.astype(np.float16))
+    assert engines.openvino_misreads(written(tmp_path, {"a": ours, "b": halves})) == (None, [])
+    reason, _ = engines.openvino_misreads(written(tmp_path, {"a": ours, "b": theirs}))
+    assert reason == "it rounds the offsets of Q4_1 to whole steps, which those of b are not"
+    constant = np.zeros((1, 20), np.uint8)
+    constant[0, 2:4] = np.array([1], np.float16).view(np.uint8)  # a scale of 0 and an offset of 1
+    assert engines.openvino_misreads(written(tmp_path, {"a": ("Q4_1", constant)}))[0]
+    for metadata, says in (
+        ({"llama.rope.scaling.type": "linear"}, "RoPE"),
+        ({"tokenizer.ggml.model": "llama"}, "SentencePiece"),
+    ):
+        assert says in engines.openvino_misreads(written(tmp_path, {"a": halves}, **metadata))[0]
+    untried = ("Q4_K", np.zeros((2, 144), np.uint8))
+    assert engines.openvino_misreads(written(tmp_path, {"a": untried, "b": halves})) == (None, ["Q4_K"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ SECONDS = {"prefix_caching": 0.8, "float_cache": 1.0, "small_steps": 1.1}
 
 
 class Session:
-    seen: list[tuple[str, np.ndarray]] = []
+    seen: ClassVar[list[tuple[str, np.ndarray]]] = []
 
     def __init__(self, lever: str = "off") -> None:
         self._lever, self._waves = lever, 0

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -375,9 +376,9 @@ def test_a_bad_trace_says_which_line(tmp_path: Path, text: str, says: str) -> No
 
 def test_prompts_have_the_length_asked_for_and_never_repeat() -> None:
     prompts = Prompts(["one two three four five six", "seven eight nine"])
-    first, second = prompts.cut(4), prompts.cut(4)
+    first, second = prompts.ask(4, 1).prompt, prompts.ask(4, 1).prompt
     assert (first, second) == ("one two three", "four five six")
-    seen = [prompts.cut(4) for _ in range(6)]
+    seen = [prompts.ask(4, 1).prompt for _ in range(6)]
     assert len(set(seen)) == len(seen)
 
 
@@ -499,9 +500,12 @@ def test_the_shape_that_vllm_writes(words: Path, tmp_path: Path) -> None:
 
 
 def test_a_workload_is_prepared_without_a_request_where_the_model_is_named(words: Path, tmp_path: Path) -> None:
-    settings = prepare(Options("https://example.test/v1/", model="m", text=words, concurrency=(2,)), Store(tmp_path))
-    assert settings.endpoint.path == "https://example.test/v1/completions"
-    with pytest.raises(UsageError, match="is no URL"):
-        prepare(Options("example.test"), Store(tmp_path))
+    def prepared(*target: str, **options: object) -> bench.Settings:
+        return prepare(Options(*target, text=words, **options), Store(tmp_path), ExitStack(), lambda _: None)
+
+    settings = prepared("https://example.test/v1/", model="m", concurrency=(2,))
+    assert settings.place.path == "https://example.test/v1/completions"
+    with pytest.raises(UsageError, match=r"there is no model at 'example\.test'"):
+        prepared("example.test")
     with pytest.raises(StageError, match="does not answer"):
-        prepare(Options("http://127.0.0.1:1", text=words), Store(tmp_path))
+        prepared("http://127.0.0.1:1")

@@ -16,10 +16,9 @@ from pydantic import Field
 from pennyweight import machine
 from pennyweight.errors import StageError, UsageError
 from pennyweight.load import driver
-from pennyweight.load.http import Endpoint, connect
 from pennyweight.load.knee import Knee, find_knee
 from pennyweight.load.report import LoadReport, summarize
-from pennyweight.load.requests import Asked, Served
+from pennyweight.load.requests import Asked, Place, Served
 from pennyweight.load.workload import Arrival, Prompts, Shape, poisson
 from pennyweight.recipe import Slo
 from pennyweight.records import Price, Record
@@ -51,7 +50,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Settings:
-    endpoint: Endpoint
+    place: Place
     shape: Shape
     prompts: Prompts
     loads: tuple[Load, ...]
@@ -68,6 +67,8 @@ class Settings:
 class BenchReport(Record):
     target: str
     model: str
+    runtime: str | None = Field(None, description="of a model in this process; None for a server")
+    batching: str | None = Field(None, description="of that runtime: `continuous` or `waves`")
     workload: str
     prompts: str = Field(description="what a prompt's length was counted in")
     slo: Slo | None
@@ -94,7 +95,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Measured:
 
     A Ctrl-C ends the load at work, which keeps what it has, and leaves out those after it.
     """
-    begin, cpu, started = time.perf_counter(), time.process_time(), datetime.now(UTC)
+    begin, cpu, started = time.perf_counter(), time.thread_time(), datetime.now(UTC)
     kept: list[tuple[LoadReport, list[Served]]] = []
     stopped = False
 
@@ -117,8 +118,10 @@ def run(settings: Settings, say: Callable[[str], None]) -> Measured:
         knee = find_knee(lambda users, times: measure(Load(users), times), settings.knee_up_to)
     seconds = time.perf_counter() - begin
     report = BenchReport(
-        target=settings.endpoint.url,
-        model=settings.endpoint.model,
+        target=settings.place.address,
+        model=settings.place.model,
+        runtime=settings.place.runtime,
+        batching=settings.place.batching,
         workload=str(settings.shape) if not any(load.trace for load in settings.loads) else "trace",
         prompts="tokens" if settings.tokenizer else "words, at 0.75 a token; counts are the server's own",
         slo=settings.slo,
@@ -128,7 +131,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Measured:
         started_at=started.isoformat(timespec="seconds"),
         seconds=seconds,
         client=machine.fingerprint(),
-        client_cpu_share=(time.process_time() - cpu) / seconds,
+        client_cpu_share=(time.thread_time() - cpu) / seconds,
         interrupted=stopped,
     )
     return Measured(report, kept)
@@ -144,7 +147,7 @@ async def _drive(settings: Settings, load: Load, times: int, say: Callable[[str]
             failed = f", {course.failed} of them failed" if course.failed else ""
             say(f"  {load}: {len(course.served)} requests{failed}")
 
-    async with connect(settings.endpoint) as target:
+    async with settings.place.connect() as target:
         if load.concurrency is not None:
             seconds = None if settings.seconds is None else settings.seconds * times
             until = driver.Until(_requests(settings, load.concurrency, times), seconds)
@@ -165,14 +168,13 @@ def _requests(settings: Settings, concurrency: int, times: int) -> int | None:
 def _asked(settings: Settings, load: Load) -> Iterator[Asked]:
     if load.trace:
         for arrival in load.trace:
-            text = settings.prompts.cut(arrival.input_tokens)
-            yield Asked(text, arrival.input_tokens, arrival.output_tokens, arrival.at)
+            yield settings.prompts.ask(arrival.input_tokens, arrival.output_tokens, arrival.at)
         return
     moments: Iterator[float | None] = itertools.repeat(None)
     if load.rate is not None:
         moments = poisson(load.rate, settings.seed)
     for (into, out), at in zip(settings.shape.sizes(settings.seed), moments):
-        yield Asked(settings.prompts.cut(into), into, out, at)
+        yield settings.prompts.ask(into, out, at)
 
 
 def _summary(settings: Settings, load: Load, course: driver.Course) -> LoadReport | None:
@@ -194,10 +196,11 @@ def _nothing_served(settings: Settings, load: Load, course: driver.Course) -> St
         "stalled": "raise --stall-seconds, or lower the load",
         "garbage": "is this an OpenAI-compatible server that streams?",
         "refused": "start the server, or check the address",
+        "failed": "another --runtime may serve it",
     }
     fault = first.fault if first else ""
     return StageError(
-        f"{settings.endpoint.url} served none of {len(course.served)} requests at {load}{reason}",
+        f"{settings.place.address} served none of {len(course.served)} requests at {load}{reason}",
         hints.get(str(fault), "look at the server's log"),
     )
 

@@ -77,9 +77,9 @@ def fit(reports: Sequence[BenchReport], usd_per_hour: float | None = None, seed:
     Weighted least squares on relative errors, with a, b ≥ 0. The intervals carry the throughputs' own through the fit.
     Raises UsageError where the reports cannot make a card.
     """
-    targets = {(report.model, report.client["cpu"]) for report in reports}
+    targets = {(report.model, report.runtime, report.client["cpu"]) for report in reports}
     if len(targets) > 1:
-        raise UsageError("the reports are of different models or machines", "a price card is of one")
+        raise UsageError("the reports are of different models, runtimes or machines", "a price card is of one")
     if usd_per_hour is None:
         usd_per_hour = next((report.price.usd_per_hour for report in reports if report.price), None)
     if usd_per_hour is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import itertools
 import json
 import math
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -22,14 +25,23 @@ from pennyweight.load.bench import BenchReport, Load, Measured, Settings, read_t
 from pennyweight.load.card import BreakEven, PriceCard
 from pennyweight.load.http import Endpoint, served_model
 from pennyweight.load.report import LoadReport, is_drifting
-from pennyweight.load.workload import Prompts, parse_shape, read_trace
-from pennyweight.recipe import DataSource, Slo
+from pennyweight.load.requests import Place
+from pennyweight.load.workload import Prompts, Shape, parse_shape, read_trace
+from pennyweight.recipe import DataSource, RuntimeName, Slo
 from pennyweight.records import Price
 from pennyweight.store import Store
 from pennyweight.tracking import redact
 
+if TYPE_CHECKING:
+    from pennyweight.load.models import Demand, Model
+
 #: Shipped text that prompts are cut from.
 TEXT = "xsum-documents"
+#: Requests of a workload whose lengths must fit before it begins.
+LOOKED_AT = 1000
+#: Options that only a server's target has.
+OF_SERVERS = ("model", "api", "key_from", "stall_seconds")
+BATCHING = {"continuous": "continuous batching", "waves": "static waves, equal lengths only"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Options:
     """As they are given on the command line."""
 
     target: str
+    runtime: RuntimeName | None = None
     model: str | None = None
     api: Literal["completions", "chat"] = "completions"
     workload: str = "chat"
@@ -58,41 +71,93 @@ class Options:
     seed: int = 0
 
 
-def prepare(options: Options, store: Store) -> Settings:
-    """Check all that can be checked without a request, then ask the server for its model and fetch the text.
+def prepare(options: Options, store: Store, stack: ExitStack, say: Callable[[str], None]) -> Settings:
+    """Check all that can be checked without a request, then fetch the text, and find the model: at a server, or here,
+    where it is loaded. `stack` ends what that begins.
 
-    Raises UsageError for a call that cannot work, StageError for a server that does not answer.
+    Raises UsageError for a call that cannot work, StageError for a server that does not answer or a model that cannot
+    be run.
     """
-    url = _url(options.target)
+    served = options.target.startswith(("http://", "https://"))
+    _check_options(options, served)
     shape, loads = parse_shape(options.workload), _loads(options)
     slo = None if options.slo is None else _slo(options.slo)
     if options.knee and slo is None:
         raise UsageError("--knee needs an SLO", "such as --slo ttft_p95_ms=500,tpot_p95_ms=50")
     price = None if options.price is None else parse_price(options.price)
-    key = os.environ.get(options.key_from) or None
+    model = None if served else _model(options, store, stack)
     texts = read_texts(options.text) if options.text else _shipped_text(store)
-    model = options.model or asyncio.run(served_model(url, key))
+    if model is None:
+        place: Place = _endpoint(options)
+        tokenizer = _tokenizer(options.tokenizer)
+    else:
+        place, tokenizer = _engine(options, model, _demand(options, shape, loads), store, stack, say)
     return Settings(
-        endpoint=Endpoint(
-            url, model, options.api, key, ignore_eos=not options.stop_at_eos, stall_seconds=options.stall_seconds
-        ),
+        place=place,
         shape=shape,
-        prompts=Prompts(texts, _tokenizer(options.tokenizer)),
+        prompts=Prompts(texts, tokenizer),
         loads=loads,
         requests=options.requests,
         seconds=options.seconds,
         slo=slo,
         price=price,
         knee_up_to=options.knee,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer or (None if served else place.model),
         seed=options.seed,
     )
 
 
-def _url(target: str) -> str:
-    if not target.startswith(("http://", "https://")):
-        raise UsageError(f"{target!r} is no URL", "bench measures servers: http://HOST:PORT, without /v1")
-    return target.rstrip("/").removesuffix("/v1")
+def _check_options(options: Options, served: bool) -> None:
+    if served and options.runtime:
+        raise UsageError(
+            f"--runtime {options.runtime} is for a model in this process, and {options.target} is a server"
+        )
+    given = [name for name in OF_SERVERS if getattr(options, name) != getattr(Options, name)]
+    if given and not served:
+        name = given[0].replace("_", "-")
+        raise UsageError(
+            f"--{name} is for servers, and {options.target!r} is no http:// address", f"leave --{name} out"
+        )
+
+
+def _endpoint(options: Options) -> Endpoint:
+    url, key = options.target.rstrip("/").removesuffix("/v1"), os.environ.get(options.key_from) or None
+    model = options.model or asyncio.run(served_model(url, key))
+    return Endpoint(
+        url, model, options.api, key, ignore_eos=not options.stop_at_eos, stall_seconds=options.stall_seconds
+    )
+
+
+def _model(options: Options, store: Store, stack: ExitStack) -> Model:
+    from pennyweight.load import models
+
+    return models.find(options.target, store, stack)
+
+
+def _engine(
+    options: Options, model: Model, demand: Demand, store: Store, stack: ExitStack, say: Callable[[str], None]
+) -> tuple[Place, Any]:
+    """The model in this process, and its tokenizer."""
+    from pennyweight.load import models
+
+    tokenizer = _tokenizer(options.tokenizer) or models.load_tokenizer(model)
+    engine = models.open_engine(model, options.runtime, demand, options.stop_at_eos, store, stack, say)
+    if options.tokenizer and len(tokenizer) > engine.vocabulary:
+        raise UsageError(
+            f"the tokenizer {options.tokenizer} has {len(tokenizer):,} tokens, the model {engine.vocabulary:,}",
+            "leave --tokenizer out: the model's own is taken",
+        )
+    return engine, tokenizer
+
+
+def _demand(options: Options, shape: Shape, loads: tuple[Load, ...]) -> Demand:
+    from pennyweight.load.models import Demand
+
+    sizes = [(arrival.input_tokens, arrival.output_tokens) for load in loads for arrival in load.trace]
+    if options.knee or not all(load.trace for load in loads):
+        sizes += itertools.islice(shape.sizes(options.seed), LOOKED_AT)
+    users = [load.concurrency for load in loads if load.concurrency] + ([options.knee] if options.knee else [])
+    return Demand(sizes, max(users, default=None))
 
 
 def _loads(options: Options) -> tuple[Load, ...]:
@@ -173,7 +238,10 @@ def write_files(measured: Measured, csv_path: Path | None, vllm_path: Path | Non
 
 def format_bench(report: BenchReport) -> str:
     """A table with a row for each load, and what a reader must know of it."""
-    lines = [f"{report.model} at {redact(report.target)}, {report.workload}", ""]
+    where = f"at {redact(report.target)}"
+    if report.runtime:
+        where = f"in {report.runtime} ({BATCHING[str(report.batching)]})"
+    lines = [f"{report.model} {where}, {report.workload}", ""]
     every = report.loads + ([] if report.knee is None else report.knee.reports)
     lines += columns([_header(report), *(_row(report, load) for load in every)])
     lines.append("")
@@ -248,7 +316,7 @@ def read_report(path: Path) -> BenchReport:
     except ValidationError as error:
         raise UsageError(
             f"{path} is no report of a benchmark: {error.errors()[0]['msg']}",
-            "`pennyweight bench URL --json` prints one",
+            "`pennyweight bench TARGET --json` prints one",
         ) from None
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,15 @@ class Endpoint:
     """Ask for exactly as many tokens as the workload says: an extension of vLLM's, SGLang's and llama.cpp's servers."""
     stall_seconds: float = 60.0
     """Longest silence of a server that owes an answer."""
+    runtime: None = None
+    batching: None = None
+
+    @property
+    def address(self) -> str:
+        return self.url
+
+    def connect(self) -> AbstractAsyncContextManager[HttpTarget]:
+        return connect(self)
 
     def body(self, asked: Asked) -> dict[str, Any]:
         body: dict[str, Any] = {

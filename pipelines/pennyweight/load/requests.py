@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 #: What can go wrong with a request that was sent.
-Fault = Literal["refused", "status", "stalled", "dropped", "garbage", "empty", "cancelled"]
+Fault = Literal["refused", "status", "stalled", "dropped", "garbage", "empty", "failed", "cancelled"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Asked:
     output_tokens: int
     at: float | None = None
     """Seconds after the start at which it arrives; None in a closed loop, where it follows another's end."""
+    ids: tuple[int, ...] = ()
+    """The prompt's tokens, where a tokenizer cut it."""
 
 
 @dataclass
@@ -57,7 +60,21 @@ class Served:
 
 
 class Target(Protocol):
-    """Something that serves requests."""
+    """Something that serves requests, in one event loop."""
 
     async def serve(self, asked: Asked, due: float) -> Served:
         """Serve one request to its end. What goes wrong with it is told in the answer, not raised."""
+
+
+class Place(Protocol):
+    """Where requests are served: a server, or a model in this process."""
+
+    address: str
+    """As the command line names it."""
+    model: str
+    runtime: str | None
+    """Of a model in this process."""
+    batching: str | None
+    """How that runtime batches."""
+
+    def connect(self) -> AbstractAsyncContextManager[Target]: ...

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from pennyweight.errors import UsageError, did_you_mean
+from pennyweight.load.requests import Asked
 from pennyweight.recipe import WORKLOADS
 
 #: A field of a trace → the names that it has in public traces, and what turns its values into ours.
@@ -187,12 +188,13 @@ class Prompts:
         self._source = self._pieces()
         self._read = 0
 
-    def cut(self, tokens: int) -> str:
-        """Text of about `tokens` tokens."""
+    def ask(self, input_tokens: int, output_tokens: int, at: float | None = None) -> Asked:
+        """A request of about so many tokens, of exactly so many with a tokenizer."""
         if self._tokenizer is None:
-            words = max(1, round(tokens * self.WORDS_PER_TOKEN))
-            return " ".join(itertools.islice(self._source, words))
-        return self._tokenizer.decode(list(itertools.islice(self._source, tokens)))
+            words = max(1, round(input_tokens * self.WORDS_PER_TOKEN))
+            return Asked(" ".join(itertools.islice(self._source, words)), input_tokens, output_tokens, at)
+        ids = tuple(itertools.islice(self._source, input_tokens))
+        return Asked(self._tokenizer.decode(list(ids)), input_tokens, output_tokens, at, ids)
 
     def _pieces(self) -> Iterator[Any]:
         for lap in itertools.count():

@@ -1,7 +1,7 @@
 """Runtimes: checkpoint → candidate, and candidate → tokens and log-likelihoods. One file a runtime.
 
 A runtime has two halves. `export` turns a checkpoint into files that the runtime loads; one that loads checkpoints as
-they are has none. `load` gives a `Session`, the one small interface that evaluation and benchmark use.
+they are has none. `load` gives a `Session`, the one small interface that evaluation and benchmarks use.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pennyweight.recipe import RuntimeName
 from pennyweight.records import Candidate, Checkpoint
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
     from pennyweight.plan.sizes import ModelShape
+
+#: Requests that a session serves at once unless it is told otherwise.
+MOST_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,39 @@ class Generation:
     """int64 (requests, output tokens)."""
 
 
-class Session(Protocol):
-    """A loaded candidate."""
+@dataclass(frozen=True)
+class Progress:
+    """What one request got in one step."""
+
+    request: int
+    """Its number, from `Session.submit`."""
+    tokens: list[int]
+    """Those that are new."""
+    at: float
+    """When they were there, in seconds of `time.perf_counter`."""
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a candidate's files say of the requests that it can serve."""
 
     context: int | None
     """Positions that the model knows; None where it does not say."""
+    vocabulary: int
+    token_bytes: int
+    """Memory of each token of a request in flight: its keys and values."""
+    prompt_bytes: int = 0
+    """Memory of each token of a prompt while it is read, beside that."""
+
+
+class Session(Protocol):
+    """A loaded candidate. It belongs to one thread at a time."""
+
+    context: int | None
+    """Positions that the model knows; None where it does not say."""
+    at_once: int
+    """Requests that are served at once at most; the others wait. To be set before the first one."""
 
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         """Logits at every position.
@@ -54,6 +85,21 @@ class Session(Protocol):
         wave ends when every request has: what stands behind the token is then meaningless.
         """
 
+    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> int:
+        """Queue the greedy continuation of `ids`, int64 (length,), by `new_tokens` tokens. Returns its number.
+
+        With `stop` it may end earlier, with the model's end-of-sequence token.
+        """
+
+    def step(self) -> list[Progress]:
+        """Go on with the requests in flight until some have a token more, or a part of their prompts is read.
+
+        Raises what the engine raises; the requests in flight are then to be cancelled.
+        """
+
+    def cancel(self) -> None:
+        """Give up all requests that are not finished."""
+
     def close(self) -> None:
         """Give the memory back."""
 
@@ -68,6 +114,10 @@ class RuntimeKind:
     """(candidate, device) → session."""
     compute_dtype: Callable[[Checkpoint, str], str]
     """(checkpoint, device) → dtype that activations are computed in."""
+    limits: Callable[[Candidate], Limits]
+    """Read from the candidate's files, before it is loaded."""
+    batching: Literal["continuous", "waves"]
+    """`waves`: requests with prompts of one length are served together to their end, before others begin."""
     sizes: Callable[[Path], tuple[int, int]] | None = None
     """Exported files → bytes of the weight files, and of the tensors in them."""
     quantized_tensors: Callable[[Path], int] | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from pennyweight.formats import gptq
 from pennyweight.quantization import packed
 from pennyweight.quantization.grid import QuantizedLinear
 from pennyweight.records import Candidate, Checkpoint
-from pennyweight.runtimes import Generation, RuntimeKind, onnx_embedding
+from pennyweight.runtimes import Limits, RuntimeKind, onnx_embedding
 from pennyweight.runtimes.onnx_integers import MODEL, check_integers, drop_symmetric_zero_points
+from pennyweight.runtimes.waves import Waves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pennyweight.plan.sizes import ModelShape
 
 DATA = "model.onnx.data"
+CONFIG = "genai_config.json"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 #: Nodes that the builder would quantize unasked.
@@ -177,22 +179,42 @@ def quantized_tensors(files: Path) -> int:
     return sum(node.op_type in ("MatMulNBits", "GatherBlockQuantized") for node in model.graph.node)
 
 
+def limits(candidate: Candidate) -> Limits:
+    """onnxruntime computes the logits of all of a prompt's tokens, in float32."""
+    model = _model_of(Path(candidate.path))
+    decoder, itemsize = model["decoder"], {"float32": 4, "float16": 2}[candidate.dtype]
+    keys = decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"]
+    return Limits(
+        context=model["context_length"],
+        vocabulary=model["vocab_size"],
+        token_bytes=2 * keys * itemsize,
+        prompt_bytes=4 * model["vocab_size"],
+    )
+
+
+def _model_of(folder: Path) -> dict[str, Any]:
+    """What the generation config says of the model."""
+    return json.loads((folder / CONFIG).read_text())["model"]
+
+
 def _remove(folder: Path) -> None:
     import shutil
 
     shutil.rmtree(folder, ignore_errors=True)
 
 
-class OnnxSession:
+class OnnxSession(Waves):
     """Scores through an `InferenceSession`, generates through onnxruntime-genai; each is loaded when first used."""
 
     def __init__(self, candidate: Candidate, device: str):
+        super().__init__()
         self._folder = Path(candidate.path)
+        self._model = _model_of(self._folder)
         self._device = device
         self._scorer: Any = None
         self._generator: Any = None
         self._buffer: np.ndarray | None = None
-        self.context: int | None = self._config()["context_length"]
+        self.context: int | None = self._model["context_length"]
 
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         import numpy as np
@@ -219,33 +241,29 @@ class OnnxSession:
             binding.synchronize_outputs()
         return torch.from_numpy(output)
 
-    def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
+    def columns(self, ids: np.ndarray, new_tokens: int, stop: bool) -> Iterator[np.ndarray]:
+        return self._columns_of(self._load_generator(), ids, new_tokens, stop)
+
+    def _columns_of(self, model: Any, ids: np.ndarray, new_tokens: int, stop: bool) -> Iterator[np.ndarray]:
         import numpy as np
         import onnxruntime_genai as og
 
-        model = self._load_generator()
         requests, length = ids.shape
         total = length + new_tokens
-        start = time.perf_counter()
         params = og.GeneratorParams(model)
         shortest = 0 if stop else total
         params.set_search_options(max_length=total, min_length=shortest, batch_size=requests, do_sample=False)
         generator = og.Generator(model, params)
         generator.append_tokens(np.ascontiguousarray(ids, np.int32))
-        generator.generate_next_token()
-        ttft = time.perf_counter() - start
-        steps: list[float] = []
-        for _ in range(new_tokens - 1):
-            if stop and generator.is_done():
-                break
-            begin = time.perf_counter()
+        for _ in range(new_tokens):
             generator.generate_next_token()
-            steps.append(time.perf_counter() - begin)
-        tokens = np.stack([generator.get_sequence(row)[length:] for row in range(requests)])
-        return Generation(ttft, steps, tokens.astype(np.int64))
+            yield np.array(generator.get_next_tokens(), np.int64)
+            if stop and generator.is_done():
+                return
 
-    def _config(self) -> dict[str, Any]:
-        return json.loads((self._folder / "genai_config.json").read_text())["model"]
+    def ends(self) -> list[int]:
+        end = self._model["eos_token_id"]
+        return [end] if isinstance(end, int) else list(end)
 
     def close(self) -> None:
         import gc
@@ -266,7 +284,7 @@ class OnnxSession:
             self._past_names = [name for name in inputs if name.startswith("past_key_values.")]
             _, self._kv_heads, _, self._head_size = inputs[self._past_names[0]].shape
             self._dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[inputs[self._past_names[0]].type]
-            decoder = self._config()
+            decoder = self._model
             self._kv_heads = decoder["decoder"]["num_key_value_heads"]
             self._head_size = decoder["decoder"]["head_size"]
             self._vocabulary = decoder["vocab_size"]
@@ -287,6 +305,8 @@ RUNTIME = RuntimeKind(
     export=export,
     load=OnnxSession,
     compute_dtype=compute_dtype,
+    limits=limits,
+    batching="waves",
     sizes=sizes,
     quantized_tensors=quantized_tensors,
     streamed_bytes=streamed_bytes,

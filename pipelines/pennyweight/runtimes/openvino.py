@@ -5,6 +5,7 @@ What is judged is what serves: the same precisions and the same dynamic quantiza
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 import time
@@ -17,7 +18,7 @@ from pennyweight import machine
 from pennyweight.errors import StageError
 from pennyweight.formats import gguf
 from pennyweight.records import Candidate, Checkpoint
-from pennyweight.runtimes import Generation, RuntimeKind
+from pennyweight.runtimes import MOST_AT_ONCE, Generation, Limits, Progress, RuntimeKind
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +33,8 @@ BATCHED_TOKENS = 2048
 SMALL_STEP_TOKENS = 256
 #: Tokens that are proposed and checked at once, and those of the longest sequence that is looked up in the prompt.
 PROPOSED_TOKENS, LOOKED_UP_TOKENS = 4, 3
+#: Bytes of the scale and the zero point that each head of each token has beside its 8-bit keys, or values.
+HEAD_BYTES = 8
 
 
 def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
@@ -50,7 +53,8 @@ def sizes(files: Path) -> tuple[int, int]:
     """Bytes of the file, and of the tensors in it."""
     from gguf import GGUFReader
 
-    return (files / MODEL).stat().st_size, sum(int(tensor.n_bytes) for tensor in GGUFReader(files / MODEL).tensors)
+    file = _file(files)
+    return file.stat().st_size, sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
 
 
 def quantized_tensors(files: Path) -> int:
@@ -65,7 +69,7 @@ def streamed_bytes(candidate: Candidate, shape: ModelShape) -> int:
 
     from pennyweight.plan.sizes import ITEMSIZE
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(Path(candidate.path) / MODEL).tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(_file(Path(candidate.path))).tensors}
     if "output.weight" in tensors:
         del tensors["token_embd.weight"]
     itemsize = ITEMSIZE[candidate.dtype]
@@ -87,16 +91,44 @@ class Settings:
         return self.prompt_lookup or self.draft is not None
 
 
+def limits(candidate: Candidate) -> Limits:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(_file(Path(candidate.path)))
+    architecture = reader.fields["general.architecture"].contents()
+
+    def number(name: str) -> int | None:
+        field = reader.fields.get(f"{architecture}.{name}")
+        return int(field.contents()) if field else None
+
+    heads = number("attention.head_count") or 1
+    head_size = number("attention.key_length") or (number("embedding_length") or 0) // heads
+    cached_heads = (number("block_count") or 0) * (number("attention.head_count_kv") or heads)
+    return Limits(
+        context=number("context_length"),
+        vocabulary=len(reader.fields["tokenizer.ggml.tokens"].data),
+        token_bytes=2 * cached_heads * (head_size + HEAD_BYTES),
+    )
+
+
+def _file(path: Path) -> Path:
+    """The GGUF file in a candidate's folder, or the file that a candidate is."""
+    return path / MODEL if path.is_dir() else path
+
+
 class OpenVinoSession:
     """Scores through the graph that OpenVINO GenAI makes of the file, generates through its continuous batching; each
     is loaded when first used."""
 
     def __init__(self, candidate: Candidate, device: str, settings: Settings = Settings()):
-        self._file = Path(candidate.path) / MODEL
+        self._file = _file(Path(candidate.path))
         self._settings = settings
         self._scorer: Any = None
         self._generator: Any = None
-        self.context: int | None = _context(self._file)
+        self._numbers = itertools.count()
+        self._flying: dict[int, Any] = {}
+        self.context: int | None = limits(candidate).context
+        self.at_once = MOST_AT_ONCE
 
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         import numpy as np
@@ -118,10 +150,28 @@ class OpenVinoSession:
 
     def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
         import numpy as np
+
+        self._load_generator()
+        start = time.perf_counter()
+        answers: dict[int, list[int]] = {self.submit(prompt, new_tokens, stop): [] for prompt in ids}
+        reached: list[float] = []  # when every request that goes on has so many tokens
+        while self._flying:
+            for progress in self.step():
+                answers[progress.request] += progress.tokens
+            now = time.perf_counter()
+            reached += [now] * (min(map(len, answers.values())) - len(reached))
+        rows = list(answers.values())
+        end, longest = _end(rows), max(map(len, rows))
+        tokens = np.array([row + [end] * (longest - len(row)) for row in rows], np.int64)
+        reached = reached or [time.perf_counter()]
+        return Generation(reached[0] - start, np.diff(reached).tolist(), tokens)
+
+    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> int:
+        import numpy as np
         import openvino
         import openvino_genai
 
-        pipeline = self._load_generator()
+        pipeline, number = self._load_generator(), next(self._numbers)
         settings = openvino_genai.GenerationConfig()
         settings.max_new_tokens, settings.do_sample, settings.ignore_eos = new_tokens, False, not stop
         if stop:
@@ -131,25 +181,34 @@ class OpenVinoSession:
             settings.num_assistant_tokens = PROPOSED_TOKENS
         if self._settings.prompt_lookup:
             settings.max_ngram_size = LOOKED_UP_TOKENS
-        start = time.perf_counter()
-        handles = [
-            pipeline.add_request(row, openvino.Tensor(np.ascontiguousarray(prompt[None], np.int64)), settings)
-            for row, prompt in enumerate(ids)
-        ]
-        answers: list[list[int]] = [[] for _ in handles]
-        reached: list[float] = []  # when every request that goes on has so many tokens
-        while pipeline.has_non_finished_requests():
-            pipeline.step()
-            now = time.perf_counter()
-            for handle, answer in zip(handles, answers):
-                while handle.can_read():
-                    answer += handle.read()[0].generated_ids
-            shortest = min(map(len, answers))
-            reached += [now] * (shortest - len(reached))
-        end = _end(answers)
-        tokens = np.array([answer + [end] * (max(map(len, answers)) - len(answer)) for answer in answers], np.int64)
-        reached = reached or [time.perf_counter()]
-        return Generation(reached[0] - start, np.diff(reached).tolist(), tokens)
+        prompt = openvino.Tensor(np.ascontiguousarray(ids[None], np.int64))
+        self._flying[number] = pipeline.add_request(number, prompt, settings)
+        return number
+
+    def step(self) -> list[Progress]:
+        import openvino_genai
+
+        self._generator.step()
+        now = time.perf_counter()
+        over = not self._generator.has_non_finished_requests()
+        found = []
+        for number, handle in list(self._flying.items()):
+            tokens: list[int] = []
+            while handle.can_read():
+                tokens += [token for output in handle.read().values() for token in output.generated_ids]
+            finished = over or handle.get_status() != openvino_genai.GenerationStatus.RUNNING
+            if finished:
+                del self._flying[number]
+            if tokens or finished:
+                found.append(Progress(number, tokens, now, finished))
+        return found
+
+    def cancel(self) -> None:
+        for handle in self._flying.values():
+            handle.cancel()
+        self._flying.clear()
+        while self._generator is not None and self._generator.has_non_finished_requests():
+            self._generator.step()
 
     def close(self) -> None:
         import gc
@@ -176,6 +235,7 @@ class OpenVinoSession:
             scheduler = openvino_genai.SchedulerConfig()
             scheduler.max_num_batched_tokens = self._settings.batched_tokens
             scheduler.enable_prefix_caching = self._settings.prefix_caching
+            scheduler.max_num_seqs = self.at_once
             with tempfile.TemporaryDirectory(prefix="openvino-") as scratch:
                 properties = self._properties(Path(scratch))
                 self._generator = openvino_genai.ContinuousBatchingPipeline(
@@ -192,22 +252,13 @@ class OpenVinoSession:
         if self._settings.prompt_lookup:
             found["prompt_lookup"] = True
         if self._settings.draft is not None:
-            graph = _as_graph(Path(self._settings.draft.path) / MODEL, scratch)
+            graph = _as_graph(_file(Path(self._settings.draft.path)), scratch)
             found["draft_model"] = openvino_genai.draft_model(str(graph.parent), "CPU", **_threads())
         return found
 
 
 def _threads() -> dict[str, Any]:
     return {"INFERENCE_NUM_THREADS": machine.threads()}
-
-
-def _context(file: Path) -> int | None:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(file)
-    name = reader.fields["general.architecture"].contents()
-    field = reader.fields.get(f"{name}.context_length")
-    return int(field.contents()) if field else None
 
 
 def _as_graph(file: Path, scratch: Path) -> Path:
@@ -248,6 +299,8 @@ RUNTIME = RuntimeKind(
     export=export,
     load=OpenVinoSession,
     compute_dtype=compute_dtype,
+    limits=limits,
+    batching="continuous",
     sizes=sizes,
     quantized_tensors=quantized_tensors,
     levers={lever: partial(_load_with, lever) for lever in LEVERS},

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pennyweight.records import Candidate, Checkpoint
-from pennyweight.runtimes import Generation, RuntimeKind
+from pennyweight.runtimes import Limits, RuntimeKind
+from pennyweight.runtimes.waves import Waves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,13 +34,28 @@ def streamed_bytes(candidate: Candidate, shape: ModelShape) -> int:
     return shape.product_weights * ITEMSIZE[candidate.dtype]
 
 
-class TransformersSession:
+def limits(candidate: Candidate) -> Limits:
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(candidate.path).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Limits(
+        context=getattr(config, "max_position_embeddings", None),
+        vocabulary=config.vocab_size,
+        token_bytes=2 * config.num_hidden_layers * heads * head_size * getattr(torch, candidate.dtype).itemsize,
+    )
+
+
+class TransformersSession(Waves):
     def __init__(self, candidate: Candidate, device: str):
         import torch
 
         from pennyweight import machine
         from pennyweight.quantization.unpacked import load_model
 
+        super().__init__()
         if device == "cpu":
             torch.set_num_threads(machine.threads())
         self._device = device
@@ -63,44 +79,35 @@ class TransformersSession:
     def head(self) -> torch.nn.Module:
         return self.model.get_output_embeddings()
 
-    def generate(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> Generation:
+    def columns(self, ids: np.ndarray, new_tokens: int, stop: bool) -> Iterator[np.ndarray]:
         import torch
 
-        end = _end_tokens(self.model)
+        token, past = torch.from_numpy(ids).to(self._device), None
+        for _ in range(new_tokens):
+            token, past = self._next(token, past, stop)
+            yield token.cpu().numpy()[:, 0]  # the copy waits for the device, so the times are the device's
 
-        def choose(logits: torch.Tensor) -> torch.Tensor:
-            if end and not stop:
-                logits[..., end] = -torch.inf
-            return logits.argmax(-1)
+    def _next(self, ids: torch.Tensor, past: Any, stop: bool) -> tuple[torch.Tensor, Any]:
+        """The token (requests, 1) that follows `ids`, which follow what `past` holds; and what it then holds."""
+        import torch
 
         with torch.inference_mode():
-            start = time.perf_counter()
-            prompt = torch.from_numpy(ids).to(self._device)
-            output = self.model(prompt, use_cache=True, logits_to_keep=1)
-            token = choose(output.logits[:, -1:])
-            tokens = [token.cpu()]  # the copy waits for the device, so the times are the device's
-            ttft = time.perf_counter() - start
-            steps: list[float] = []
-            for _ in range(new_tokens - 1):
-                if stop and bool(torch.isin(torch.cat(tokens, 1), torch.tensor(end)).any(1).all()):
-                    break
-                begin = time.perf_counter()
-                output = self.model(token, past_key_values=output.past_key_values, use_cache=True)
-                token = choose(output.logits[:, -1:])
-                tokens.append(token.cpu())
-                steps.append(time.perf_counter() - begin)
-        return Generation(ttft, steps, torch.cat(tokens, dim=1).numpy())
+            output = self.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+            logits = output.logits[:, -1:]
+            if not stop and (ends := self.ends()):
+                logits[..., ends] = -torch.inf
+            return logits.argmax(-1), output.past_key_values
+
+    def ends(self) -> list[int]:
+        settings = self.model.generation_config or self.model.config
+        end = settings.eos_token_id
+        return [] if end is None else [end] if isinstance(end, int) else list(end)
 
     def close(self) -> None:
         import gc
 
         self.model = None
         gc.collect()
-
-
-def _end_tokens(model: Any) -> list[int]:
-    end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
 
 
 RUNTIME = RuntimeKind(
@@ -111,4 +118,6 @@ RUNTIME = RuntimeKind(
     compute_dtype=compute_dtype,
     streamed_bytes=streamed_bytes,
     unpacks=True,
+    limits=limits,
+    batching="waves",
 )

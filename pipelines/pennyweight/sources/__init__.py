@@ -142,18 +142,26 @@ def _from_path(base: Base, store: Store) -> tuple[Checkpoint, bool]:
 
 
 def _from_folder(folder: Path, base: Base, store: Store) -> tuple[Checkpoint, bool]:
-    """A folder stays where it is. Its digest is computed again when a file's size or time has changed."""
+    """A folder stays where it is."""
     _check_config(checkpoints.read_config(folder), base)
+    checkpoint, reused = describe_folder(folder, base.uri, store)
+    _check_digest(checkpoint.digest, base)
+    return _in_dtype((checkpoint, reused), base, store)
+
+
+def describe_folder(folder: Path, origin: str, store: Store) -> tuple[Checkpoint, bool]:
+    """A checkpoint where it lies, and whether the store knew it, which goes by its files' sizes and times.
+
+    Raises SourceError.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     stamps = [[str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
     def build(_: Path) -> dict[str, Any]:
-        return checkpoints.describe(folder, base.uri).model_dump(mode="json")
+        return checkpoints.describe(folder, origin).model_dump(mode="json")
 
     entry = store.get_or_build(STAGE, {"version": _VERSION, "folder": str(folder), "files": stamps}, build)
-    checkpoint = Checkpoint.model_validate(entry.record)
-    _check_digest(checkpoint.digest, base)
-    return _in_dtype((checkpoint.model_copy(update={"origin": base.uri}), entry.reused), base, store)
+    return Checkpoint.model_validate(entry.record).model_copy(update={"origin": origin}), entry.reused
 
 
 def _from_registry(base: Base, store: Store) -> tuple[Checkpoint, bool]:

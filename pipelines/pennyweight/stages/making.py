@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pennyweight import machine, runtimes
+from pennyweight import checkpoints, machine, runtimes
 from pennyweight.errors import StageError
 from pennyweight.recipe import RuntimeName, Step
 from pennyweight.records import Candidate, Checkpoint, Parity
 from pennyweight.stages.run import Run, placed
 from pennyweight.stages.texts import Texts, calibration_name
-from pennyweight.store import folder_digest
+from pennyweight.store import Store, folder_digest
 
 #: KL between an exported file and the checkpoint that it was made from, in nats per token, above which it is refused.
 PARITY_TOLERANCE = 0.02
@@ -55,8 +55,6 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
         }
 
         def build(files: Path, kind: Any = kind, step: Any = step, name: str = name, before: Any = checkpoint) -> Any:
-            from pennyweight import checkpoints
-
             expected = run.plan.expected_seconds(step.kind, variant) or 0.0
             report = partial(run.progress.fraction, step.kind, expected=expected)
             context = StepContext(run.device, run.recipe.seed, texts.load(name), base, report)
@@ -75,14 +73,10 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
 
 def export(run: Run, variant: str, runtime: RuntimeName, checkpoint: Checkpoint, texts: Texts) -> Candidate:
     """A variant for one runtime. A runtime that loads checkpoints as they are has nothing to export."""
-    kind = runtimes.get(runtime)
     name = f"{variant}@{runtime}"
-    dtype = kind.compute_dtype(checkpoint, run.device)
-    if kind.export is None:
-        return Candidate(
-            id=name, variant=variant, runtime=runtime, checkpoint=checkpoint, path=checkpoint.path,
-            digest=checkpoint.digest, bytes=checkpoint.bytes, weight_bytes=checkpoint.weight_bytes, dtype=dtype,
-        )  # fmt: skip
+    plain = _as_it_is(name, variant, runtime, checkpoint, run.device)
+    if runtimes.get(runtime).export is None:
+        return plain
     inputs = {
         "checkpoint": checkpoint.digest,
         "parity_text": texts.digests.get("parity"),
@@ -91,13 +85,7 @@ def export(run: Run, variant: str, runtime: RuntimeName, checkpoint: Checkpoint,
 
     def build(files: Path) -> dict[str, Any]:
         with stage.library():
-            kind.export(checkpoint, run.device, files)
-        size, weight_bytes = kind.sizes(files)
-        candidate = Candidate(
-            id=name, variant=variant, runtime=runtime, checkpoint=checkpoint, path=str(files),
-            digest=folder_digest(files), bytes=size, weight_bytes=weight_bytes, dtype=dtype,
-        )  # fmt: skip
-        with stage.library():
+            candidate = _write(plain, run.device, files)
             parity = _check_parity(run, candidate, texts)
         return candidate.model_copy(update={"parity": parity}).model_dump(mode="json")
 
@@ -106,6 +94,35 @@ def export(run: Run, variant: str, runtime: RuntimeName, checkpoint: Checkpoint,
         stage.reused = entry.reused
     # Two variants can have the same weights, so the names are this run's and the files are the store's.
     return placed(Candidate, entry).model_copy(update={"id": name, "variant": variant, "checkpoint": checkpoint})
+
+
+def export_alone(checkpoint: Checkpoint, runtime: RuntimeName, device: str, store: Store) -> Candidate:
+    """A checkpoint for one runtime outside of a run, where there is no text to compare the exported file on."""
+    plain = _as_it_is(f"{Path(checkpoint.path).name}@{runtime}", "base", runtime, checkpoint, device)
+    if runtimes.get(runtime).export is None:
+        return plain
+    if (Path(checkpoint.path) / checkpoints.ADAPTER).is_dir():
+        raise StageError(f"{runtime} cannot load the adapter of {checkpoint.path}")
+    inputs = {"checkpoint": checkpoint.digest, "parity_text": None, **runtimes.key(runtime, device)}
+    entry = store.get_or_build("export", inputs, lambda files: _write(plain, device, files).model_dump(mode="json"))
+    return placed(Candidate, entry).model_copy(update={"id": plain.id, "variant": "base", "checkpoint": checkpoint})
+
+
+def _as_it_is(name: str, variant: str, runtime: RuntimeName, checkpoint: Checkpoint, device: str) -> Candidate:
+    return Candidate(
+        id=name, variant=variant, runtime=runtime, checkpoint=checkpoint, path=checkpoint.path,
+        digest=checkpoint.digest, bytes=checkpoint.bytes, weight_bytes=checkpoint.weight_bytes,
+        dtype=runtimes.get(runtime).compute_dtype(checkpoint, device),
+    )  # fmt: skip
+
+
+def _write(plain: Candidate, device: str, files: Path) -> Candidate:
+    """Export a candidate's checkpoint to `files`."""
+    kind = runtimes.get(plain.runtime)
+    kind.export(plain.checkpoint, device, files)
+    size, weight_bytes = kind.sizes(files)
+    changes = {"path": str(files), "digest": folder_digest(files), "bytes": size, "weight_bytes": weight_bytes}
+    return plain.model_copy(update=changes)
 
 
 def _check_parity(run: Run, candidate: Candidate, texts: Texts) -> Parity | None:

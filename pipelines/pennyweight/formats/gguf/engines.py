@@ -6,10 +6,17 @@ which ours are; in files of others they are not, and it predicts something else 
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from pennyweight.formats.gguf.vocabulary import PIECES
 
 OPENVINO = "OpenVINO GenAI"
 TRANSFORMERS = "transformers"
+#: Tensor types that OpenVINO GenAI was seen to read rightly.
+TRIED = {"F32", "F16", "Q8_0", "Q4_0", "Q4_1"}
+#: Distance of a zero point from a whole number that comes of an offset in float16.
+WHOLE = 1 / 32
 
 
 def unfit(architecture: str, types: set[str], split: str, scaled_rope: bool) -> dict[str, str]:
@@ -35,3 +42,41 @@ def notes(split: str) -> list[str]:
     if split in (PIECES, "smollm", "qwen2", "llama-bpe"):
         return []
     return [f"{OPENVINO} has no rules for words split as {split} does: hand it token ids, not text"]
+
+
+def openvino_misreads(file: Path) -> tuple[str | None, list[str]]:
+    """Why OpenVINO GenAI must not load a file that others may have written, None where nothing is known against it; and
+    the types of its tensors that nobody has tried."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(file)
+
+    def value(name: str) -> Any:
+        field = reader.fields.get(name)
+        return field.contents() if field else None
+
+    architecture = value("general.architecture")
+    types = {tensor.tensor_type.name for tensor in reader.tensors}
+    scaled = value(f"{architecture}.rope.scaling.type") not in (None, "none")
+    scaled |= any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    split = PIECES if value("tokenizer.ggml.model") == "llama" else value("tokenizer.ggml.pre")
+    reason = unfit(architecture, types, split, scaled).get(OPENVINO)
+    fractional = [
+        tensor.name
+        for tensor in reader.tensors
+        if tensor.tensor_type.name == "Q4_1" and not _has_whole_zeros(tensor.data)
+    ]
+    if reason is None and fractional:
+        reason = f"it rounds the offsets of Q4_1 to whole steps, which those of {fractional[0]} are not"
+    return reason, sorted(types - TRIED)
+
+
+def _has_whole_zeros(data: Any) -> bool:
+    """Whether the offsets m of Q4_1's blocks (d, m, 16 bytes of integers) are −d · z with whole 0 ≤ z ≤ 15."""
+    import numpy as np
+
+    scales, offsets = data.reshape(-1, 20)[:, :4].copy().view(np.float16).astype(np.float32).T
+    empty = scales == 0
+    zeros = -offsets[~empty] / scales[~empty]
+    whole = np.abs(zeros - zeros.round()) <= WHOLE
+    return bool(np.all(whole & (zeros > -WHOLE) & (zeros < 15 + WHOLE)) and not offsets[empty].any())

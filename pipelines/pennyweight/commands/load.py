@@ -1,0 +1,89 @@
+"""`bench` and `cost`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pennyweight.commands.common import EXIT_INTERRUPTED, friendly, json_option, print_json, say
+from pennyweight.installed import RUNTIME_PACKAGES
+
+
+@click.command()
+@click.argument("target")
+@click.option("--runtime", type=click.Choice(list(RUNTIME_PACKAGES)), help="Of a model in this process.")
+@click.option("--concurrency", type=int, multiple=True, help="Users, each with one request in flight; can be repeated.")
+@click.option("--rate", type=float, multiple=True, help="Requests a second, at random; can be repeated.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Replay arrivals and lengths: JSONL or CSV.")
+@click.option("--trace-speed", type=float, default=1.0, help="So many times as fast.")
+@click.option("--trace-length", type=float, default=1.0, help="So many times as long.")
+@click.option("--knee", type=int, metavar="USERS", help="Find the cheapest load that meets --slo, up to so many users.")
+@click.option("--workload", default="chat", show_default=True, help="A named shape, or tokens IN:OUT, as 512~0.5:128.")
+@click.option("--requests", type=click.IntRange(1), help="End a load after so many.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End a load after so long.")
+@click.option("--slo", metavar="LIMITS", help="Such as ttft_p95_ms=500,tpot_p95_ms=50.")
+@click.option("--price", help="A name of the price sheet, or dollars an hour.")
+@click.option("--model", help="Name at the server; needed where it serves several.")
+@click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
+@click.option("--tokenizer", help="Folder or name; prompts are then cut to exact tokens.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text file that prompts are cut from.")
+@click.option("--key-from", default="OPENAI_API_KEY", show_default=True, help="Variable that holds the server's key.")
+@click.option("--stop-at-eos", is_flag=True, help="Let the model end answers; else `ignore_eos` is asked for.")
+@click.option("--stall-seconds", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), help="Write a row for each request.")
+@click.option("--vllm-json", "vllm_path", type=click.Path(path_type=Path), help="Write what `vllm bench serve` would.")
+@json_option
+@friendly
+def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **options: Any) -> int:
+    """Measure what a server, or a model in this process, gives at a load.
+
+    TARGET is the URL of an OpenAI-compatible server; or a model: a checkpoint's folder, a .gguf file, RUN[:CANDIDATE],
+    or NAME@ALIAS of the registry.
+
+    A Ctrl-C ends the measurement and keeps what it has.
+    """
+    from pennyweight.load import bench as bench_
+    from pennyweight.load.command import Options, format_bench, prepare, write_files
+    from pennyweight.store import Store
+
+    with ExitStack() as stack:
+        measured = bench_.run(prepare(Options(**options), Store(), stack, say), say)
+    if as_json:
+        print_json(measured.report.model_dump(mode="json"))
+    else:
+        click.echo(format_bench(measured.report))
+    write_files(measured, csv_path, vllm_path, options["tokenizer"])  # last: a full disk must not cost the table
+    return EXIT_INTERRUPTED if measured.report.interrupted else 0
+
+
+@click.command()
+@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--price", help="Of the machine: a name of the price sheet, or dollars an hour.")
+@click.option("--api", metavar="IN:OUT", help="An API's dollars for a million tokens: when does hosting pay?")
+@click.option("--mix", metavar="IN:OUT", default="chat", show_default=True, help="Tokens of a request, for --api.")
+@json_option
+@friendly
+def cost(reports: tuple[Path, ...], price: str | None, api: str | None, mix: str, as_json: bool) -> int:
+    """Say what input, output and idle time cost, and when hosting pays.
+
+    REPORTS are files that `bench --json` printed, of one target at three or more mixes of input and output.
+    """
+    from pennyweight.load import card as card_
+    from pennyweight.load import command
+    from pennyweight.load.workload import parse_shape
+
+    shape = parse_shape(mix)
+    prices = command.parse_api_price(api) if api else None
+    usd_per_hour = command.parse_price(price).usd_per_hour if price else None
+    card = card_.fit([command.read_report(path) for path in reports], usd_per_hour)
+    pays = card_.break_even(card, shape.input.mean, shape.output.mean, *prices) if prices else None
+    if as_json:
+        found = {"card": card.model_dump(mode="json"), "break_even": pays and pays.model_dump(mode="json")}
+        print_json(found)
+    else:
+        click.echo(command.format_card(card, pays))
+    return 0
