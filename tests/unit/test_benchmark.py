@@ -13,7 +13,7 @@ from pennyweight import benchmark, checkpoints, machine, runtimes
 from pennyweight.benchmark import energy
 from pennyweight.recipe import Benchmark
 from pennyweight.records import BenchmarkReport, Candidate, CostPoint, CostReport, Measured
-from pennyweight.runtimes import Generation, RuntimeKind
+from pennyweight.runtimes import Generation, Limits, RuntimeKind
 
 SETTINGS = Benchmark.model_validate(
     {
@@ -50,7 +50,9 @@ class Session:
 
 @pytest.fixture
 def candidates(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> list[Candidate]:
-    kind = RuntimeKind(1, (), None, Session, lambda checkpoint, device: "float32")
+    kind = RuntimeKind(
+        1, (), None, Session, lambda checkpoint, device: "float32", lambda candidate: Limits(None, 1, 1), "waves"
+    )
     monkeypatch.setattr(runtimes, "get", lambda name: kind)
     checkpoint = checkpoints.describe(tiny_model, "here")
     return [

@@ -86,9 +86,10 @@ class Benchmark(Section):
     slo: Slo | None = None
     levers: list[LeverName] = Field([])
     """Tried on the winner at `decide_at`, each off and on in turn, and kept where the saving is surely above 0.
-    prefix_caching: keys and values of a prefix that was read before are taken again. prompt_lookup: what followed the same
-    words in the prompt is proposed, and checked several tokens at once. float_cache: keys and values stay floating point.
-    small_steps: prompts are read in parts, between the tokens of other requests. draft: another variant proposes."""
+    prefix_caching: keys and values of a prefix that was read before are taken again. prompt_lookup: what followed the
+    same words in the prompt is proposed, and checked several tokens at once. float_cache: keys and values stay floating
+    point. small_steps: prompts are read in parts, between the tokens of other requests. draft: another variant
+    proposes."""
     draft: Name | None = None
     """The variant that proposes tokens under the lever `draft`."""
     price: PriceSpec
