@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = os.environ["PENNYWEIGHT_THREADS"] = "1"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("PENNYWEIGHT_PRICES", None)
 
 WORDS = """
     the a one river stone light garden walks under over near old young green quiet runs sees keeps

@@ -11,7 +11,7 @@ import click
 
 from pennyweight import __version__
 from pennyweight.commands.common import Commands, friendly, json_option, print_json, say
-from pennyweight.commands.load import bench, cost
+from pennyweight.commands.load import bench, cost, list_prices
 from pennyweight.errors import PennyweightError, UsageError, did_you_mean
 
 
@@ -321,6 +321,7 @@ def store_gc(older_than: float, as_json: bool) -> int:
 
 main.add_command(bench)
 main.add_command(cost)
+main.add_command(list_prices)
 
 
 @main.command()

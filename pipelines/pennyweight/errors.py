@@ -49,11 +49,18 @@ class RecipeError(PennyweightError):
     """A recipe that cannot be run, with every problem found in it."""
 
     exit_code = 2
+    subject = "the recipe"
 
     def __init__(self, problems: list[Problem]):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{count} in the recipe:", *(f"  {problem}" for problem in problems)]))
+        super().__init__("\n".join([f"{count} in {self.subject}:", *(f"  {problem}" for problem in problems)]))
+
+
+class PriceSheetError(RecipeError):
+    """A price sheet that cannot be read, with every problem found in it."""
+
+    subject = "the price sheet"
 
 
 class SourceError(PennyweightError):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight import gate, machine, stages
-from pennyweight.benchmark import price_of
+from pennyweight.benchmark.prices import price_of
 from pennyweight.errors import PennyweightError, RecipeError, StoreError, TrackingError
 from pennyweight.evaluate import estimates
 from pennyweight.evaluate.evidence import REFERENCE_SAMPLES, SAMPLES_FOLDER, write_rows
@@ -308,15 +308,17 @@ def _blank_record(recipe: Recipe, recipe_path: Path, folder: Path) -> RunRecord:
         recipe=RecipeRef(path=str(recipe_path), digest=digest_of(resolved), resolved=resolved),
         environment=machine.environment(),
         status="running",
-        price=price_of(recipe.benchmark),
+        price=price_of(recipe.benchmark.price),
     )
 
 
 def _notes(recipe: Recipe, benchmark: BenchmarkReport) -> list[str]:
     price = benchmark.price
+    parts = "".join(f"; {part}" for part in price.parts())
     notes = [
-        f"Priced as {price.name} ({price.purchase}, ${price.usd_per_hour:g} an hour; {price.source}, {price.date}). "
-        "Speed was measured on the machine that ran this recipe, which is not that instance.",
+        f"Priced as {price.name} ({price.purchase}, ${price.usd_per_hour:g} an hour; {price.source}, "
+        f"{price.date or 'undated'}{parts}). Speed was measured on the machine that ran this recipe, which is not that "
+        "instance.",
         "Dollars per million tokens count input and output tokens together, at the workload's mix of "
         f"{recipe.benchmark.workload.input_tokens} in and {recipe.benchmark.workload.output_tokens} out.",
         "Each concurrency was measured as waves: all requests start together and are batched statically.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 RUN_SCHEMA_VERSION = 1
 
@@ -200,7 +200,7 @@ class CostPoint(Record):
 
 class CostReport(Record):
     candidate: str
-    usd_per_hour: float
+    usd_per_hour: float = Field(description="of a busy hour, which tokens are priced with")
     points: list[CostPoint]
     peak_memory_bytes: int | None = Field(
         None, description="most memory that the loaded candidate added: resident, or on a GPU the device's"
@@ -219,13 +219,41 @@ class LeverReport(Record):
 
 
 class Price(Record):
-    """What an hour of a machine costs, and where that is written."""
+    """What an hour of a machine costs, where that is written, and the parts that make it the price of a busy hour."""
 
     name: str
     purchase: str
-    usd_per_hour: float
+    usd_per_hour: float = Field(description="of an hour that is paid for, busy or not")
     source: str
-    date: str
+    date: str = Field(description="on which it held; empty where that is not known")
+    owned: dict[str, float] | None = Field(None, description="what an hour of a machine of one's own is made of")
+    overhead: float = Field(0.0, description="share of paid time that is lost to restarts")
+    utilization: float = Field(1.0, description="share of the hours that it is up in which the machine works")
+    usd_per_busy_hour: float = Field(description="usd_per_hour / (1 − overhead) / utilization; it prices tokens")
+    egress_usd_per_gb: float = Field(0.0, description="of the answers' text; a GB has 10⁹ bytes")
+    bytes_per_token: float | None = Field(None, description="of an answer's text; None where egress is free")
+    egress_usd_per_1m_output: float = Field(0.0, description="egress_usd_per_gb · bytes_per_token / 1000")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_parts(cls, value: Any) -> Any:
+        """Records that know no parts: every hour that is paid for is a busy one."""
+        if isinstance(value, dict) and "usd_per_hour" in value and not {"overhead", "utilization"} & value.keys():
+            return {"usd_per_busy_hour": value["usd_per_hour"], **value}
+        return value
+
+    def parts(self) -> list[str]:
+        """What stands between the price of an hour and that of a token, in words; empty where nothing does."""
+        words = [f"{self.overhead:.2%} of the time lost to restarts"] if self.overhead else []
+        if self.purchase == "spot" and not self.overhead:
+            words.append("no interruption counted")
+        if self.utilization < 1:
+            words.append(f"busy {self.utilization:.1%} of the time")
+        if self.usd_per_busy_hour != self.usd_per_hour:
+            words.append(f"so ${self.usd_per_busy_hour:.6g} a busy hour")
+        if self.egress_usd_per_gb:
+            words.append(f"egress ${self.egress_usd_per_gb:g} a GB at {self.bytes_per_token:g} bytes a token")
+        return words
 
 
 class BenchmarkReport(Record):

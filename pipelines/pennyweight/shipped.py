@@ -60,18 +60,9 @@ def sources() -> dict[str, dict[str, Any]]:
     return _load(root() / "evals" / "sources.yaml")
 
 
-@cache
-def prices() -> dict[str, dict[str, Any]]:
-    """The price sheet: `PROVIDER/INSTANCE` on demand, and with `:spot` behind it on the spot market."""
-    sheet = _load(_PACKAGE / "benchmark" / "prices.yaml")
-    named: dict[str, dict[str, Any]] = {}
-    for name, entry in sheet["prices"].items():
-        facts = {"source": entry.get("source", sheet["source"]), "date": str(entry.get("date", sheet["date"]))}
-        named[name] = {"usd_per_hour": entry["on_demand"], "purchase": "on demand", **facts}
-        if "spot" in entry:
-            spot = {"source": sheet["spot_source"], "date": str(sheet["spot_date"])}
-            named[f"{name}:spot"] = {"usd_per_hour": entry["spot"], "purchase": "spot", **spot}
-    return named
+def price_sheet() -> Path:
+    """Prices of machines and APIs."""
+    return _PACKAGE / "benchmark" / "prices.yaml"
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from pennyweight.columns import columns
 from pennyweight.errors import UsageError
 from pennyweight.gate import point_at
+from pennyweight.recipe.prices import STALE_AFTER_DAYS, Prices, is_stale
 from pennyweight.records import RUN_SCHEMA_VERSION, CandidateResult, RunRecord
 from pennyweight.suite import metrics_of_condition
 
@@ -160,6 +162,41 @@ def format_store(entries: list[tuple[str, str, Path, float, int]]) -> str:
         return "the store is empty"
     lines = [f"{stage:<12} {key[:16]}  {size / 1e6:>10,.1f} MB" for stage, key, _, _, size in entries]
     return "\n".join([*lines, f"{len(entries)} results, {sum(entry[4] for entry in entries) / 1e6:,.1f} MB"])
+
+
+def price_rows(prices: Prices, today: date) -> dict[str, list[dict[str, Any]]]:
+    """The price sheet as it stands `today`: machines by the hour, APIs by the million tokens."""
+    from pennyweight.benchmark.prices import price_of
+
+    machines = [
+        {**price_of(spec).model_dump(mode="json"), "stale": is_stale(spec.date, today)}
+        for spec in prices.machines.values()
+    ]
+    apis = [
+        {"name": name, **api.model_dump(mode="json"), "stale": is_stale(api.date, today)}
+        for name, api in prices.apis.items()
+    ]
+    return {"machines": machines, "apis": apis}
+
+
+def format_prices(rows: dict[str, list[dict[str, Any]]]) -> str:
+    """Two tables, and the sources that their last column counts."""
+    sources = list(dict.fromkeys(row["source"] for row in [*rows["machines"], *rows["apis"]]))
+
+    def origin(row: dict[str, Any]) -> list[str]:
+        mark = "" if not row["stale"] else "stale" if row["date"] else "undated"
+        return [row["date"], mark, f"[{sources.index(row['source']) + 1}]"]
+
+    machines = [["machine", "bought", "$ an hour", "a busy hour", "date", "", "source"]] + [
+        [row["name"], row["purchase"], f"{row['usd_per_hour']:.6g}", f"{row['usd_per_busy_hour']:.6g}", *origin(row)]
+        for row in rows["machines"]
+    ]
+    apis = [["API", "", "$ for 1M in", "1M out", "date", "", "source"]] + [
+        [row["name"], row["note"], f"{row['input']:g}", f"{row['output']:g}", *origin(row)] for row in rows["apis"]
+    ]
+    lines = [*columns(machines, left=2), "", *columns(apis, left=2), ""]
+    lines += [f"[{number}] {source}" for number, source in enumerate(sources, 1)]
+    return "\n".join([*lines, f"stale: older than {STALE_AFTER_DAYS} days"])
 
 
 def format_doctor(found: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from pennyweight.load.requests import Asked, Served
 from pennyweight.load.steady import drift, warm_up
 from pennyweight.load.workload import Arrival, Lengths, Prompts, parse_shape, poisson, read_trace
 from pennyweight.recipe import Slo
+from pennyweight.records import Price
 from pennyweight.store import Store
 
 
@@ -179,8 +180,12 @@ def course_of(
     return course
 
 
+def priced(usd_per_hour: float, **parts: float) -> Price:
+    return Price(name="m", purchase="custom", usd_per_hour=usd_per_hour, source="test", date="", **parts)
+
+
 def test_metrics_of_a_course_that_is_known() -> None:
-    report = summarize(course_of(), "1 user", Slo(ttft_p95_ms=150), usd_per_hour=3.6, concurrency=1)
+    report = summarize(course_of(), "1 user", Slo(ttft_p95_ms=150), price=priced(3.6), concurrency=1)
     assert report is not None
     assert (report.requests, report.input_tokens, report.output_tokens) == (100, 5000, 1100)
     assert report.seconds == pytest.approx(20)
@@ -197,6 +202,15 @@ def test_metrics_of_a_course_that_is_known() -> None:
     assert report.usd_per_1m_tokens.value == pytest.approx(1000 / 305)
     assert report.usd_per_1m_tokens.low <= report.usd_per_1m_tokens.value <= report.usd_per_1m_tokens.high
     assert report.steady.steady
+
+
+def test_a_price_of_a_busy_hour_and_egress_reach_the_tokens() -> None:
+    # $3.60 an hour that is busy half the time: two thousandths of a dollar a second; and $0.40 for a million answered.
+    price = priced(3.6, utilization=0.5, usd_per_busy_hour=7.2, egress_usd_per_1m_output=0.4)
+    report = summarize(course_of(), "1 user", price=price, concurrency=1)
+    assert report is not None
+    assert report.usd_per_1m_output_tokens.value == pytest.approx(2000 / 55 + 0.4)
+    assert report.usd_per_1m_tokens.value == pytest.approx(2000 / 305 + 0.4 * 55 / 305)
 
 
 def test_requests_that_fail_or_come_late_miss_the_service_level() -> None:
@@ -288,7 +302,7 @@ def simulated(users: int, capacity: int, requests: int, generator: np.random.Gen
         due = number / min(users, capacity + 2)
         course.served.append(Served(due, due, due + 1, 10, 10, [due + (0.5 if late else 0.05), due + 0.9]))
     course.stopped_sending = course.served[-1].due + 0.1
-    return summarize(course, f"{users} users", Slo(ttft_p95_ms=100), 1.0, concurrency=users)
+    return summarize(course, f"{users} users", Slo(ttft_p95_ms=100), priced(1.0), concurrency=users)
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 5, 8, 13])

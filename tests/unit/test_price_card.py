@@ -76,6 +76,32 @@ def test_where_hosting_pays_and_where_it_does_not() -> None:
     assert free.requests_per_day is None
 
 
+def test_restarts_and_idle_time_are_paid_for_and_egress_eats_into_what_is_saved() -> None:
+    # $3.60 an hour, a fifth of it lost, half of the rest idle: $9 a busy hour, $0.0025 a second.
+    price = Price(
+        name="m", purchase="spot", usd_per_hour=3.6, source="test", date="", overhead=0.2, utilization=0.5,
+        usd_per_busy_hour=9.0, egress_usd_per_gb=25, bytes_per_token=4, egress_usd_per_1m_output=0.1,
+    )  # fmt: skip
+    card = fit([report(*mix) for mix in MIXES], price)
+    assert card.usd_per_1m_input.value == pytest.approx(1e6 * INPUT * 2.5e-3, rel=0.02)
+    assert card.usd_per_1m_output.value == pytest.approx(1e6 * OUTPUT * 2.5e-3 + 0.1, rel=0.01)
+    assert (card.usd_per_hour, card.usd_per_idle_hour) == (3.6, 3.6)
+    # A request of 1,000 tokens takes half a second of the 69,120 that the machine is up in a day, so it can do 138,240.
+    # It saves $0.0011 less $0.0001; $86.40 a day need 86,400 of them, 62.5% of what it can.
+    assert card.seconds(0, 1000) == pytest.approx(0.5, rel=0.01)
+    pays = break_even(card, 0, 1000, api_input=1.1, api_output=1.1)
+    assert pays.capacity == pytest.approx(138_240, rel=0.01)
+    assert pays.requests_per_day == pytest.approx(86_400, rel=1e-6)
+    assert pays.utilization == pytest.approx(0.625, rel=0.01)
+    assert not pays.pays
+    busier = price.model_copy(update={"utilization": 0.7, "usd_per_busy_hour": 3.6 / 0.8 / 0.7})
+    pays = break_even(fit([report(*mix) for mix in MIXES], busier), 0, 1000, api_input=1.1, api_output=1.1)
+    # How busy the machine must be does not depend on how busy it is said to be.
+    assert (pays.utilization, pays.pays) == (pytest.approx(0.625, rel=0.01), True)
+    # What an API takes must be more than the egress alone.
+    assert break_even(card, 0, 1000, 0.1, 0.1).requests_per_day is None
+
+
 def test_reports_that_make_no_card() -> None:
     reports = [report(*mix) for mix in MIXES]
     for wrong, says in [
@@ -101,8 +127,25 @@ def test_the_command(tmp_path: Path) -> None:
     assert "pays from" in done.stdout
     done = CliRunner().invoke(main, [*command, "--api", "0.001:0.001"])
     assert "do not self-host" in done.stdout
+    # At $1 for a million tokens a request of 384 earns $0.000384; it takes 0.0896 s, so 964,286 fit into a day, and
+    # 225,000 pay for $86.40: busy 23.3% of the time.
+    for utilization, warned in [(0.23, True), (0.24, False)]:
+        price = f"{{name: m, usd_per_hour: 3.6, utilization: {utilization}}}"
+        done = CliRunner().invoke(main, [*command, "--price", price, "--api", "1:1"])
+        assert done.exit_code == 0, done.output
+        assert "pays from 225,000 a day on" in done.stdout
+        assert f"busy {utilization:.1%} of the time" in done.stdout
+        assert ("warning: at the declared utilization" in done.stdout) == warned
+    done = CliRunner().invoke(main, [*command, "--api", "openai/gpt-4o-mini"])
+    assert "$0.15 for a million tokens in and $0.6 out (OpenAI, " in done.stdout
     done = CliRunner().invoke(main, [*command, "--price", "7.2", "--json"])
     assert json.loads(done.stdout)["card"]["usd_per_1m_output"]["value"] == pytest.approx(1.0, rel=0.01)
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("source: ours\nprices: {a/b: {on_demand: 7.2}}\napis: {a/c: {input: 1, output: 3}}\n")
+    ours = ["--prices", str(prices), "--price", "a/b", "--api", "a/c", "--json"]
+    found = json.loads(CliRunner().invoke(main, [*command, *ours]).stdout)
+    assert (found["card"]["usd_per_hour"], found["card"]["price"]["source"]) == (7.2, "ours")
+    assert (found["api"]["output"], found["break_even"]["api_usd_per_request"]) == (3, pytest.approx(640e-6))
     for wrong, says in [(["--api", "cheap"], "is no price"), (["--api", "-1:2"], "is no price")]:
         done = CliRunner().invoke(main, [*command, *wrong])
         assert (done.exit_code, says in done.stderr) == (2, True)

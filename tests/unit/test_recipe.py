@@ -221,10 +221,3 @@ def test_overrides_reach_into_the_recipe() -> None:
 def test_overrides_that_fit_nowhere_are_refused(override: str) -> None:
     with pytest.raises(UsageError):
         load_recipe("smollm2-135m-cpu", [override])
-
-
-def test_shipped_prices_name_their_source_and_date() -> None:
-    for name, price in shipped.prices().items():
-        assert price["usd_per_hour"] > 0, name
-        assert price["source"]
-        assert price["date"]

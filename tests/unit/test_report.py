@@ -379,6 +379,14 @@ def read(record: RunRecord) -> Page:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_first_screen_states_what_makes_a_busy_hour():
+    record = make_record()
+    assert record.price is not None
+    parts = {"utilization": 0.6, "usd_per_busy_hour": USD_PER_HOUR / 0.6}
+    record = record.model_copy(update={"price": record.price.model_copy(update=parts)})
+    assert "2025-06-01); busy 60.0% of the time; so $0.14875 a busy hour; measured on this machine" in read(record).text
+
+
 def test_the_first_screen_states_the_verdict_the_price_and_what_was_registered():
     words = read(make_record()).text
     assert (

@@ -14,6 +14,7 @@ import numpy as np
 
 from pennyweight import machine, runtimes
 from pennyweight.benchmark import cost, energy
+from pennyweight.benchmark.prices import price_of
 from pennyweight.benchmark.roofline import roofline
 from pennyweight.benchmark.work import Work, work_of
 from pennyweight.recipe import Benchmark
@@ -66,13 +67,14 @@ def run_benchmark(
     progress("the machine", 0.0)
     meter = energy.EnergyMeter(energy.counters(device))
     works = {candidate.id: work_of(candidate) for candidate in candidates}
+    price = price_of(settings.price)
     before = machine.ceilings(device=device)
     measured = _measure(candidates, settings, prompts, device, meter, progress)
     ceilings = machine.fastest(before, machine.ceilings(device=device))
     return BenchmarkReport(
-        reports=_with_rooflines(_reports(candidates, settings, measured), works, ceilings),
+        reports=_with_rooflines(_reports(candidates, settings, price, measured), works, ceilings),
         failures=measured.failures,
-        price=price_of(settings),
+        price=price,
         order=ORDER,
         seconds=time.perf_counter() - begin,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -80,10 +82,6 @@ def run_benchmark(
         ceilings=ceilings,
         energy_counters=[counter.name for counter in meter.counters],
     )
-
-
-def price_of(settings: Benchmark) -> Price:
-    return Price(**settings.price.model_dump())
 
 
 def rounds_at(settings: Benchmark, concurrency: int) -> int:
@@ -192,24 +190,32 @@ def _import_libraries(names: set[str]) -> None:
                 importlib.import_module(distribution.replace("-", "_"))
 
 
-def _reports(candidates: list[Candidate], settings: Benchmark, measured: Measurements) -> dict[str, CostReport]:
+def _reports(
+    candidates: list[Candidate], settings: Benchmark, price: Price, measured: Measurements
+) -> dict[str, CostReport]:
     complete = [candidate for candidate in candidates if candidate.id not in measured.failures]
     bases = [candidate.id for candidate in complete if candidate.variant == "base"]
     points: dict[str, list[CostPoint]] = {candidate.id: [] for candidate in complete}
     for concurrency in settings.concurrency:
-        seconds = {c.id: [wave.seconds for wave in measured.waves[c.id, concurrency]] for c in complete}
-        cheapest = min(bases, key=lambda name: np.mean(seconds[name])) if bases else None
+        output_tokens = concurrency * settings.workload.output_tokens
+        usd = {
+            c.id: [cost.usd(price, output_tokens, wave.seconds) for wave in measured.waves[c.id, concurrency]]
+            for c in complete
+        }
+        cheapest = min(bases, key=lambda name: np.mean(usd[name])) if bases else None
         for candidate in complete:
             saving = None
             if cheapest and candidate.id != cheapest:
-                saving = cost.paired_saving(seconds[candidate.id], seconds[cheapest])
+                saving = cost.paired_saving(usd[candidate.id], usd[cheapest])
             points[candidate.id].append(
-                _point(settings, concurrency, measured.waves[candidate.id, concurrency], saving, cheapest)
+                _point(settings, price, concurrency, measured.waves[candidate.id, concurrency], saving, cheapest)
             )
-    usd_per_hour = settings.price.usd_per_hour
     return {
         name: CostReport(
-            candidate=name, usd_per_hour=usd_per_hour, points=found, peak_memory_bytes=measured.memory.get(name)
+            candidate=name,
+            usd_per_hour=price.usd_per_busy_hour,
+            points=found,
+            peak_memory_bytes=measured.memory.get(name),
         )
         for name, found in points.items()
     }
@@ -235,11 +241,14 @@ def _with_rooflines(
     return {name: bounded(report) for name, report in reports.items()}
 
 
-def _point(settings: Benchmark, concurrency: int, waves: list[Wave], saving: Any, cheapest: str | None) -> CostPoint:
-    shape, usd = settings.workload, settings.price.usd_per_hour
+def _point(
+    settings: Benchmark, price: Price, concurrency: int, waves: list[Wave], saving: Any, cheapest: str | None
+) -> CostPoint:
+    shape = settings.workload
     seconds = sum(wave.seconds for wave in waves)
     requests = concurrency * len(waves)
     tokens_in, tokens_out = requests * shape.input_tokens, requests * shape.output_tokens
+    usd = cost.usd(price, tokens_out, seconds)
     ttft = _percentiles([wave.ttft for wave in waves])
     tpot = _percentiles([sum(wave.steps) / len(wave.steps) for wave in waves])
     joules = [wave.joules for wave in waves if wave.joules is not None]
@@ -255,8 +264,8 @@ def _point(settings: Benchmark, concurrency: int, waves: list[Wave], saving: Any
         ttft_ms=ttft,
         tpot_ms=tpot,
         slo_met=_slo_met(settings, ttft, tpot),
-        usd_per_1m_tokens=cost.usd_per_million(usd, tokens_in + tokens_out, seconds),
-        usd_per_1m_output_tokens=cost.usd_per_million(usd, tokens_out, seconds),
+        usd_per_1m_tokens=usd / (tokens_in + tokens_out) * 1e6,
+        usd_per_1m_output_tokens=usd / tokens_out * 1e6,
         saving=saving,
         saving_against=cheapest if saving else None,
         joules_per_output_token=sum(joules) / tokens_out if len(joules) == len(waves) else None,

@@ -1,7 +1,8 @@
-"""`bench` and `cost`."""
+"""`bench`, `cost` and `prices`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,11 @@ import click
 
 from pennyweight.commands.common import EXIT_INTERRUPTED, friendly, json_option, print_json, say
 from pennyweight.installed import RUNTIME_PACKAGES
+
+
+def prices_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    help_ = "Prices that add to the sheet and replace its own; else those in $PENNYWEIGHT_PRICES."
+    return click.option("--prices", type=click.Path(path_type=Path), metavar="FILE", help=help_)(command)
 
 
 @click.command()
@@ -25,7 +31,8 @@ from pennyweight.installed import RUNTIME_PACKAGES
 @click.option("--requests", type=click.IntRange(1), help="End a load after so many.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End a load after so long.")
 @click.option("--slo", metavar="LIMITS", help="Such as ttft_p95_ms=500,tpot_p95_ms=50.")
-@click.option("--price", help="A name of the price sheet, or dollars an hour.")
+@click.option("--price", help="A name of the price sheet, dollars an hour, or a price as in a recipe.")
+@prices_option
 @click.option("--model", help="Name at the server; needed where it serves several.")
 @click.option("--api", type=click.Choice(["completions", "chat"]), default="completions", show_default=True)
 @click.option("--tokenizer", help="Folder or name; prompts are then cut to exact tokens.")
@@ -62,12 +69,17 @@ def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **option
 
 @click.command()
 @click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--price", help="Of the machine: a name of the price sheet, or dollars an hour.")
-@click.option("--api", metavar="IN:OUT", help="An API's dollars for a million tokens: when does hosting pay?")
+@click.option("--price", help="Of the machine: a name of the price sheet, dollars an hour, or a price as in a recipe.")
+@prices_option
+@click.option(
+    "--api", metavar="NAME|IN:OUT", help="An API of the sheet, or dollars for a million tokens: when does hosting pay?"
+)
 @click.option("--mix", metavar="IN:OUT", default="chat", show_default=True, help="Tokens of a request, for --api.")
 @json_option
 @friendly
-def cost(reports: tuple[Path, ...], price: str | None, api: str | None, mix: str, as_json: bool) -> int:
+def cost(
+    reports: tuple[Path, ...], price: str | None, prices: Path | None, api: str | None, mix: str, as_json: bool
+) -> int:
     """Say what input, output and idle time cost, and when hosting pays.
 
     REPORTS are files that `bench --json` printed, of one target at three or more mixes of input and output.
@@ -75,15 +87,35 @@ def cost(reports: tuple[Path, ...], price: str | None, api: str | None, mix: str
     from pennyweight.load import card as card_
     from pennyweight.load import command
     from pennyweight.load.workload import parse_shape
+    from pennyweight.recipe import load_prices
 
-    shape = parse_shape(mix)
-    prices = command.parse_api_price(api) if api else None
-    usd_per_hour = command.parse_price(price).usd_per_hour if price else None
-    card = card_.fit([command.read_report(path) for path in reports], usd_per_hour)
-    pays = card_.break_even(card, shape.input.mean, shape.output.mean, *prices) if prices else None
+    shape, sheet = parse_shape(mix), load_prices(prices)
+    offer = command.parse_api_price(api, sheet) if api else None
+    machine = command.parse_price(price, sheet) if price else None
+    card = card_.fit([command.read_report(path) for path in reports], machine)
+    pays = card_.break_even(card, shape.input.mean, shape.output.mean, offer.input, offer.output) if offer else None
     if as_json:
-        found = {"card": card.model_dump(mode="json"), "break_even": pays and pays.model_dump(mode="json")}
-        print_json(found)
+        parts = {"card": card, "api": offer, "break_even": pays}
+        print_json({name: part and part.model_dump(mode="json") for name, part in parts.items()})
     else:
-        click.echo(command.format_card(card, pays))
+        click.echo(command.format_card(card, pays, offer))
+    return 0
+
+
+@click.command("prices")
+@prices_option
+@json_option
+@friendly
+def list_prices(prices: Path | None, as_json: bool) -> int:
+    """List the price sheet: machines by the hour, APIs by the token, and what should be looked up again."""
+    from datetime import date
+
+    from pennyweight import show
+    from pennyweight.recipe import load_prices
+
+    rows = show.price_rows(load_prices(prices), date.today())
+    if as_json:
+        print_json(rows)
+    else:
+        click.echo(show.format_prices(rows))
     return 0

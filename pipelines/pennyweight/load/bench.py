@@ -182,7 +182,7 @@ def _summary(settings: Settings, load: Load, course: driver.Course) -> LoadRepor
         course,
         str(load),
         settings.slo,
-        settings.price.usd_per_hour if settings.price else None,
+        settings.price,
         load.concurrency,
         load.rate,
     )

@@ -16,7 +16,7 @@ from pydantic import Field
 from pennyweight.errors import UsageError
 from pennyweight.load.bench import BenchReport
 from pennyweight.load.report import LoadReport
-from pennyweight.records import Interval, Record
+from pennyweight.records import Interval, Price, Record
 
 #: Mixes of input and output that a card is fitted from, at least.
 FEWEST_MIXES = 3
@@ -46,16 +46,18 @@ class Mix(Record):
 
 
 class PriceCard(Record):
-    usd_per_hour: float
+    price: Price
+    usd_per_hour: float = Field(description="of an hour that is paid for, busy or not")
     usd_per_1m_input: Interval
-    usd_per_1m_output: Interval
-    usd_per_idle_hour: float
+    usd_per_1m_output: Interval = Field(description="with egress")
+    usd_per_idle_hour: float = Field(description="which the tokens pay for already where utilization is below 1")
     mixes: list[Mix]
 
     def seconds(self, input_tokens: float, output_tokens: float) -> float:
         """Machine time of a request at full load."""
-        usd = self.usd_per_1m_input.value * input_tokens + self.usd_per_1m_output.value * output_tokens
-        return usd / 1e6 / (self.usd_per_hour / 3600)
+        output = self.usd_per_1m_output.value - self.price.egress_usd_per_1m_output
+        usd = self.usd_per_1m_input.value * input_tokens + output * output_tokens
+        return usd / 1e6 / (self.price.usd_per_busy_hour / 3600)
 
 
 class BreakEven(Record):
@@ -64,15 +66,23 @@ class BreakEven(Record):
     input_tokens: float
     output_tokens: float
     usd_per_day: float = Field(description="of the machine, busy or not")
-    capacity: float = Field(description="requests a day at full load")
+    capacity: float = Field(description="requests a day at full load, in the time that restarts leave")
     api_usd_per_request: float
+    egress_usd_per_request: float = Field(description="of the machine's answers")
     requests_per_day: float | None = Field(description="from which on the machine pays; None where it never does")
     tokens_per_day: float | None
-    utilization: float | None = Field(description="of the machine at that point")
+    utilization: float | None = Field(description="of the machine at that point, of the hours that it is up")
+    declared_utilization: float = Field(description="the price's own")
+
+    @property
+    def pays(self) -> bool:
+        """Whether the machine costs no more than the API at the utilization that its price declares."""
+        return self.utilization is not None and self.utilization <= self.declared_utilization
 
 
-def fit(reports: Sequence[BenchReport], usd_per_hour: float | None = None, seed: int = 0) -> PriceCard:
-    """The price card of reports on one target, one for each mix. Each gives its knee, or its fastest load.
+def fit(reports: Sequence[BenchReport], price: Price | None = None, seed: int = 0) -> PriceCard:
+    """The price card of reports on one target, one for each mix. Each gives its knee, or its fastest load. Tokens are
+    priced with `price`, else with the first that a report has.
 
     Weighted least squares on relative errors, with a, b ≥ 0. The intervals carry the throughputs' own through the fit.
     Raises UsageError where the reports cannot make a card.
@@ -80,9 +90,8 @@ def fit(reports: Sequence[BenchReport], usd_per_hour: float | None = None, seed:
     targets = {(report.model, report.runtime, report.client["cpu"]) for report in reports}
     if len(targets) > 1:
         raise UsageError("the reports are of different models, runtimes or machines", "a price card is of one")
-    if usd_per_hour is None:
-        usd_per_hour = next((report.price.usd_per_hour for report in reports if report.price), None)
-    if usd_per_hour is None:
+    price = price or next((report.price for report in reports if report.price), None)
+    if price is None:
         raise UsageError("the reports have no price", "say --price, a name of the sheet or dollars an hour")
     loads = [at_its_best(report) for report in reports]
     sizes = np.array([[load.input_tokens / load.requests, load.output_tokens / load.requests] for load in loads])
@@ -95,10 +104,10 @@ def fit(reports: Sequence[BenchReport], usd_per_hour: float | None = None, seed:
         raise UsageError("the mixes are too much alike to tell input from output", "measure 1:4, 1:1 and 4:1")
     rates = _solve(sizes, seconds)
     spread = _resampled(sizes, seconds, loads, seed)
-    usd = usd_per_hour / 3600 * 1e6
+    usd = price.usd_per_busy_hour / 3600 * 1e6
     prices = [
-        Interval(value=usd * rate, low=usd * low, high=usd * high)
-        for rate, (low, high) in zip(rates, spread, strict=True)
+        Interval(value=usd * rate + egress, low=usd * low + egress, high=usd * high + egress)
+        for rate, (low, high), egress in zip(rates, spread, (0.0, price.egress_usd_per_1m_output), strict=True)
     ]
     mixes = []
     for index, load in enumerate(loads):
@@ -112,8 +121,8 @@ def fit(reports: Sequence[BenchReport], usd_per_hour: float | None = None, seed:
             )
         )  # fmt: skip
     return PriceCard(
-        usd_per_hour=usd_per_hour, usd_per_1m_input=prices[0], usd_per_1m_output=prices[1],
-        usd_per_idle_hour=usd_per_hour, mixes=mixes,
+        price=price, usd_per_hour=price.usd_per_hour, usd_per_1m_input=prices[0], usd_per_1m_output=prices[1],
+        usd_per_idle_hour=price.usd_per_hour, mixes=mixes,
     )  # fmt: skip
 
 
@@ -131,11 +140,17 @@ def at_its_best(report: BenchReport) -> LoadReport:
 def break_even(
     card: PriceCard, input_tokens: float, output_tokens: float, api_input: float, api_output: float
 ) -> BreakEven:
-    """`api_input` and `api_output`: dollars for a million tokens."""
+    """From where on a machine that is paid for all day costs less than an API.
+
+    `api_input` and `api_output`: dollars for a million tokens. A request saves what the API takes for it, less the
+    egress of its answer. The day's price over that is the number of requests from which on the machine pays, and their
+    share of what it can serve in the hours that it is up is its utilization then.
+    """
     per_request = (api_input * input_tokens + api_output * output_tokens) / 1e6
+    egress = card.price.egress_usd_per_1m_output * output_tokens / 1e6
     per_day = 24 * card.usd_per_hour
-    capacity = 86400 / card.seconds(input_tokens, output_tokens)
-    needed = per_day / per_request if per_request > 0 else math.inf
+    capacity = 86400 * (1 - card.price.overhead) / card.seconds(input_tokens, output_tokens)
+    needed = per_day / (per_request - egress) if per_request > egress else math.inf
     pays = needed <= capacity
     return BreakEven(
         input_tokens=input_tokens,
@@ -143,9 +158,11 @@ def break_even(
         usd_per_day=per_day,
         capacity=capacity,
         api_usd_per_request=per_request,
+        egress_usd_per_request=egress,
         requests_per_day=needed if pays else None,
         tokens_per_day=needed * (input_tokens + output_tokens) if pays else None,
         utilization=needed / capacity if pays else None,
+        declared_utilization=card.price.utilization,
     )
 
 

@@ -15,11 +15,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import yaml
 from pydantic import ValidationError
 
 from pennyweight import datasets, shipped
+from pennyweight.benchmark.prices import price_of
 from pennyweight.columns import columns
-from pennyweight.errors import UsageError, did_you_mean
+from pennyweight.errors import Problem, UsageError, did_you_mean
 from pennyweight.load import peers
 from pennyweight.load.bench import BenchReport, Load, Measured, Settings, read_texts
 from pennyweight.load.card import BreakEven, PriceCard
@@ -27,10 +29,13 @@ from pennyweight.load.http import Endpoint, served_model
 from pennyweight.load.report import LoadReport, is_drifting
 from pennyweight.load.requests import Place
 from pennyweight.load.workload import Prompts, Shape, parse_shape, read_trace
-from pennyweight.recipe import DataSource, RuntimeName, Slo
+from pennyweight.recipe import ApiPrice, DataSource, Prices, PriceSpec, RuntimeName, Slo, load_prices
+from pennyweight.recipe.prices import named
+from pennyweight.recipe.wording import validate
 from pennyweight.records import Price
 from pennyweight.store import Store
 from pennyweight.tracking import redact
+from pennyweight.yamlfile import YamlFile
 
 if TYPE_CHECKING:
     from pennyweight.load.models import Demand, Model
@@ -62,6 +67,7 @@ class Options:
     seconds: float | None = None
     slo: str | None = None
     price: str | None = None
+    prices: Path | None = None
     knee: int | None = None
     text: Path | None = None
     tokenizer: str | None = None
@@ -84,7 +90,7 @@ def prepare(options: Options, store: Store, stack: ExitStack, say: Callable[[str
     slo = None if options.slo is None else _slo(options.slo)
     if options.knee and slo is None:
         raise UsageError("--knee needs an SLO", "such as --slo ttft_p95_ms=500,tpot_p95_ms=50")
-    price = None if options.price is None else parse_price(options.price)
+    price = None if options.price is None else parse_price(options.price, load_prices(options.prices))
     model = None if served else _model(options, store, stack)
     texts = read_texts(options.text) if options.text else _shipped_text(store)
     if model is None:
@@ -188,18 +194,33 @@ def _slo(text: str) -> Slo:
     return Slo(**limits)
 
 
-def parse_price(text: str) -> Price:
-    """A name of the price sheet, or dollars an hour."""
-    prices = shipped.prices()
-    if text in prices:
-        return Price(**{"name": text, **prices[text]})
+def parse_price(text: str, prices: Prices) -> Price:
+    """A name of the price sheet, dollars an hour, or a mapping as it stands in a recipe. Raises UsageError."""
+    origin = {"source": "--price"}
     try:
-        usd_per_hour = float(text.removeprefix("$"))
+        given = {"name": "yours", "usd_per_hour": float(text.removeprefix("$")), **origin}
     except ValueError:
-        raise UsageError(f"unknown price {text!r}", f"{did_you_mean(text, list(prices))}; or dollars an hour") from None
-    if not usd_per_hour > 0:
-        raise UsageError(f"a price of {usd_per_hour:g} dollars an hour is none")
-    return Price(name="yours", usd_per_hour=usd_per_hour, purchase="custom", source="--price", date="")
+        given = _mapping(text)
+        if given is None and text not in prices.machines:
+            hint = f"{did_you_mean(text, list(prices.machines))}; or dollars an hour, or {{name: …, utilization: …}}"
+            raise UsageError(f"unknown price {text!r}", hint) from None
+    problems: list[Problem] = []
+    try:
+        raw = named(given or text, prices)
+    except ValueError as error:
+        raise UsageError(f"--price: {error}") from None
+    spec = validate(PriceSpec, origin | raw, YamlFile(Path("--price"), {}), problems)
+    if problems:
+        raise UsageError("\n".join(map(str, problems)))
+    return price_of(spec)
+
+
+def _mapping(text: str) -> dict[str, Any] | None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--price {text!r} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    return value if isinstance(value, dict) else None
 
 
 def _shipped_text(store: Store) -> list[str]:
@@ -257,6 +278,8 @@ def format_bench(report: BenchReport) -> str:
             lines.append(f"warning: {load.load}: stopped, since requests came faster than they were served")
     if report.interrupted:
         lines.append("stopped: what was measured until then stands above")
+    if report.price:
+        lines.append(f"priced as {_hour(report.price)}")
     lines.append(f"the load generator used {report.client_cpu_share:.1%} of a core")
     return "\n".join(lines)
 
@@ -320,26 +343,31 @@ def read_report(path: Path) -> BenchReport:
         ) from None
 
 
-def parse_api_price(text: str) -> tuple[float, float]:
-    """`IN:OUT` in dollars for a million tokens. Raises UsageError."""
+def parse_api_price(text: str, prices: Prices) -> ApiPrice:
+    """A name of the price sheet, or `IN:OUT` in dollars for a million tokens. Raises UsageError."""
+    if text in prices.apis:
+        return prices.apis[text]
     into, _, out = text.partition(":")
     try:
-        prices = float(into.removeprefix("$")), float(out.removeprefix("$"))
+        both = float(into.removeprefix("$")), float(out.removeprefix("$"))
     except ValueError:
         raise UsageError(
-            f"--api {text!r} is no price", "dollars for a million tokens in and out, as 0.15:0.60"
+            f"--api {text!r} is no price of the sheet",
+            f"{did_you_mean(text, list(prices.apis))}; or dollars for a million tokens in and out, as 0.15:0.60",
         ) from None
-    if min(prices) < 0 or not math.isfinite(sum(prices)):
+    if min(both) < 0 or not math.isfinite(sum(both)):
         raise UsageError(f"--api {text!r} is no price")
-    return prices
+    return ApiPrice(input=both[0], output=both[1], source="--api")
 
 
-def format_card(card: PriceCard, pays: BreakEven | None) -> str:
+def format_card(card: PriceCard, pays: BreakEven | None, api: ApiPrice | None) -> str:
     into, out = card.usd_per_1m_input, card.usd_per_1m_output
+    idle = "  (the tokens above pay for it already)" if card.price.utilization < 1 else ""
     lines = [
         f"a million input tokens   ${into.value:.4g}  (${into.low:.4g} to ${into.high:.4g})",
         f"a million output tokens  ${out.value:.4g}  (${out.low:.4g} to ${out.high:.4g})",
-        f"an idle hour             ${card.usd_per_idle_hour:.4g}",
+        f"an idle hour             ${card.usd_per_idle_hour:.4g}{idle}",
+        f"an hour                  {_hour(card.price)}",
         "",
     ]
     rows = [["tokens in", "out", "load", "s a request", "card says", "fitted without it"]]
@@ -351,20 +379,43 @@ def format_card(card: PriceCard, pays: BreakEven | None) -> str:
         for mix in card.mixes
     ]  # fmt: skip
     lines += columns(rows, left=0)
-    if pays:
-        lines += ["", _pays(pays)]
+    if pays and api:
+        lines += ["", _api(api), _pays(pays)]
+        if pays.requests_per_day is not None and not pays.pays:
+            lines.append(_too_idle(pays))
     return "\n".join(lines)
+
+
+def _hour(price: Price) -> str:
+    origin = f"{price.name}, {price.purchase}, ${price.usd_per_hour:.6g} ({price.source}, {price.date or 'undated'})"
+    return "; ".join([origin, *price.parts()])
+
+
+def _api(api: ApiPrice) -> str:
+    facts = ", ".join(part for part in (api.source, api.date, api.note) if part)
+    return f"the API takes ${api.input:g} for a million tokens in and ${api.output:g} out ({facts})"
+
+
+def _too_idle(pays: BreakEven) -> str:
+    share = pays.declared_utilization
+    served = share * pays.capacity
+    machine = pays.usd_per_day + served * pays.egress_usd_per_request
+    return (
+        f"warning: at the declared utilization of {share:.1%} it does not pay: {served:,.0f} requests a day "
+        f"cost ${machine:.2f} here and ${served * pays.api_usd_per_request:.2f} at the API"
+    )
 
 
 def _pays(pays: BreakEven) -> str:
     mix = f"requests of {pays.input_tokens:.0f} tokens in and {pays.output_tokens:.0f} out"
     if pays.requests_per_day is None:
         full = pays.capacity * pays.api_usd_per_request
+        machine = pays.usd_per_day + pays.capacity * pays.egress_usd_per_request
         return (
-            f"do not self-host {mix}: this machine costs ${pays.usd_per_day:.2f} a day, and all that it can serve "
+            f"do not self-host {mix}: this machine costs ${machine:.2f} a day, and all that it can serve "
             f"({pays.capacity:,.0f} requests) costs ${full:.2f} at the API"
         )
     return (
         f"self-hosting {mix} pays from {pays.requests_per_day:,.0f} a day on ({pays.tokens_per_day:,.0f} tokens), "
-        f"where the machine is busy {pays.utilization:.0%} of the time"
+        f"where the machine is busy {pays.utilization:.1%} of the time"
     )

@@ -13,7 +13,7 @@ from pennyweight.load.driver import Course
 from pennyweight.load.requests import Served
 from pennyweight.load.steady import BLOCKS, TOLERATED_DRIFT, drift, warm_up
 from pennyweight.recipe import Slo
-from pennyweight.records import Interval, Record
+from pennyweight.records import Interval, Price, Record
 
 CONFIDENCE = 0.95
 
@@ -66,7 +66,7 @@ class LoadReport(Record):
 
 
 def summarize(
-    course: Course, load: str, slo: Slo | None = None, usd_per_hour: float | None = None,
+    course: Course, load: str, slo: Slo | None = None, price: Price | None = None,
     concurrency: int | None = None, rate: float | None = None,
 ) -> LoadReport | None:  # fmt: skip
     """Metrics of the measured part of a course; None where it has no request that was served."""
@@ -109,8 +109,8 @@ def summarize(
         latency_ms=_spread([item.latency for item in measured]),
         slo_share=None if met is None else wilson(met, len(measured) + len(late)),
         goodput=None if met is None else met / seconds,
-        usd_per_1m_tokens=None if usd_per_hour is None else _price(usd_per_hour, total),
-        usd_per_1m_output_tokens=None if usd_per_hour is None else _price(usd_per_hour, output),
+        usd_per_1m_tokens=None if price is None else _usd_per_million(price, total, output),
+        usd_per_1m_output_tokens=None if price is None else _usd_per_million(price, output, output),
         steady=Steady(warm_up_requests=skipped, change=trend.change, p_value=trend.p_value, steady=trend.steady),
         saturated=course.saturated,
         interrupted=course.interrupted,
@@ -147,13 +147,16 @@ def _interval(rates: np.ndarray) -> Interval:
     return Interval(value=mean, low=max(0.0, mean - half), high=mean + half)
 
 
-def _price(usd_per_hour: float, speed: Interval) -> Interval:
-    """Dollars for a million tokens: the faster, the less."""
+def _usd_per_million(price: Price, speed: Interval, output: Interval) -> Interval:
+    """Dollars for a million tokens: the faster, the less. Egress is paid for the share of them that are `output`."""
+    egress = price.egress_usd_per_1m_output * output.value / speed.value if speed.value > 0 else 0.0
 
-    def price(tokens_per_second: float) -> float:
-        return usd_per_million(usd_per_hour, 1, 1 / tokens_per_second) if tokens_per_second > 0 else math.inf
+    def usd(tokens_per_second: float) -> float:
+        if not tokens_per_second > 0:
+            return math.inf
+        return usd_per_million(price.usd_per_busy_hour, 1, 1 / tokens_per_second) + egress
 
-    return Interval(value=price(speed.value), low=price(speed.high), high=price(speed.low))
+    return Interval(value=usd(speed.value), low=usd(speed.high), high=usd(speed.low))
 
 
 def _meets(item: Served, slo: Slo) -> bool:

@@ -1,10 +1,11 @@
 """The recipe: everything a user can declare, how it is read, and how its errors read.
 
 The command line's help, the docs and `recipes/schema.json` come from these settings. Validation is pure: it reads the
-recipe and the shipped suites, tasks, data pins and prices, and touches nothing else.
+recipe, the shipped suites, tasks, data pins and prices, and the prices in `PENNYWEIGHT_PRICES`, and nothing else.
 """
 
 from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
+from pennyweight.recipe.prices import ApiPrice, Owned, Prices, PriceSpec, load_prices
 from pennyweight.recipe.schema import WORKLOADS, Base, Benchmark, DataSource, LeverName, Recipe, RuntimeName, Slo
 from pennyweight.recipe.steps import (
     ACTIVATIONS,
@@ -26,12 +27,16 @@ __all__ = [
     "SOURCE_SCHEMES",
     "STEPS",
     "WORKLOADS",
+    "ApiPrice",
     "Base",
     "Benchmark",
     "Budget",
     "Calibration",
     "DataSource",
     "LeverName",
+    "Owned",
+    "PriceSpec",
+    "Prices",
     "Quantize",
     "Recipe",
     "Recover",
@@ -39,6 +44,7 @@ __all__ = [
     "Slo",
     "Step",
     "is_suite",
+    "load_prices",
     "load_recipe",
     "load_suite",
     "scheme_bits",

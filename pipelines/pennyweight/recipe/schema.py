@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pennyweight import shipped
 from pennyweight.errors import did_you_mean
+from pennyweight.recipe.prices import PriceSpec
 from pennyweight.recipe.steps import Step, step_by_kind
 from pennyweight.schema import Digest, Name, Section
 from pennyweight.suite import Condition, Suite
@@ -64,14 +64,6 @@ class Slo(Section):
     tpot_p95_ms: float | None = Field(None, gt=0)
 
 
-class PriceSpec(Section):
-    name: str
-    usd_per_hour: float = Field(gt=0)
-    purchase: str = "custom"
-    source: str = "the recipe"
-    date: str = ""
-
-
 class Benchmark(Section):
     workload: Workload
     """A named shape (chat, chat-short, summarize, code), or `{input_tokens, output_tokens}`."""
@@ -93,7 +85,8 @@ class Benchmark(Section):
     draft: Name | None = None
     """The variant that proposes tokens under the lever `draft`."""
     price: PriceSpec
-    """`PROVIDER/INSTANCE` of the price sheet (`:spot` for spot), or `{name, usd_per_hour}`."""
+    """`PROVIDER/INSTANCE` of the price sheet (`:spot` for spot); that name with amendments, as `{name, utilization}`;
+    or a price of your own, `{name, usd_per_hour}` or `{name, owned}`."""
 
     @field_validator("workload", mode="before")
     @classmethod
@@ -102,16 +95,6 @@ class Benchmark(Section):
             if value not in WORKLOADS:
                 raise ValueError(f"unknown workload {value!r}; {did_you_mean(value, list(WORKLOADS))}")
             return {"name": value, **WORKLOADS[value]}
-        return value
-
-    @field_validator("price", mode="before")
-    @classmethod
-    def _named_price(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            prices = shipped.prices()
-            if value not in prices:
-                raise ValueError(f"unknown price {value!r}; {did_you_mean(value, list(prices))}")
-            return {"name": value, **prices[value]}
         return value
 
     @model_validator(mode="after")

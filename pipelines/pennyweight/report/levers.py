@@ -13,8 +13,8 @@ def note(record: RunRecord) -> Html:
     first = record.levers[0]
     return el(
         "p",
-        f"Each was off and on in turn on {first.candidate} at concurrency {first.concurrency}. What stands above rests on "
-        "all of them off. Kept: its saving is surely above 0 at this load.",
+        f"Each was off and on in turn on {first.candidate} at concurrency {first.concurrency}; what stands above rests "
+        "on all of them off. Kept: its saving is surely above 0 at this load.",
     )
 
 

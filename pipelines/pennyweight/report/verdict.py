@@ -153,8 +153,9 @@ def _price(record: RunRecord) -> str | None:
     if price is None:
         return None
     origin = ", ".join(part for part in (price.source, price.date) if part)
+    parts = "".join(f"{part}; " for part in price.parts())
     return (
-        f"{price.name}, {price.purchase}, ${price.usd_per_hour:.6g}/h ({origin}); "
+        f"{price.name}, {price.purchase}, ${price.usd_per_hour:.6g}/h ({origin}); {parts}"
         "measured on this machine, which is not that instance"
     )
 
