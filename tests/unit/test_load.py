@@ -424,7 +424,8 @@ def test_the_command_measures_loads_and_finds_the_knee(
     report = bench.BenchReport.model_validate_json(done.stdout)
     assert [load.load for load in report.loads] == ["1 user", "4 users", "200 requests/s, Poisson"]
     assert all(load.requests + load.steady.warm_up_requests == 40 for load in report.loads)
-    assert (report.model, report.knee.concurrency, report.knee.at_the_limit) == ("fake", 4, True)
+    assert (report.model, report.knee.at_the_limit) == ("fake", True)
+    assert report.knee.concurrency in (2, 4)  # two slots are full with either
     assert report.loads[0].usd_per_1m_tokens.value > 0
     table = (tmp_path / "r.csv").read_text().splitlines()
     assert table[0].startswith("load,due,sent,first_token")
