@@ -144,8 +144,8 @@ def _plain(value: Any) -> Any:
 def _type(schema: dict[str, Any]) -> str:
     if "enum" in schema:
         return " \\| ".join(f"`{choice}`" for choice in schema["enum"])
-    if "anyOf" in schema:
-        return " or ".join(_type(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
+    if choices := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(_type(choice) for choice in choices if choice.get("type") != "null")
     if "$ref" in schema:
         name = schema["$ref"].rsplit("/", 1)[-1]
         return f"[{name}](#{name.lower()})"

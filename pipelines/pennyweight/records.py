@@ -196,6 +196,7 @@ class CostPoint(Record):
     saving_against: str | None = None
     roofline: Roofline | None = Field(None, description="None where the model is no plain decoder")
     joules_per_output_token: float | None = Field(None, description="None where the machine has no energy counter")
+    log_ratios: list[float] = Field([], description="ln(cost / cost of `saving_against`), round by round")
 
 
 class CostReport(Record):
@@ -279,11 +280,11 @@ class ConditionResult(Record):
     status: Literal["pass", "fail", "inconclusive", "info"] = Field(description="`info`: it does not decide")
     reason: str
     higher_is_better: bool
-    value: float | None = Field(None, description="of the metric, or of its difference from the base")
+    value: float | None = Field(None, description="of the metric, of its difference from the base, or of the saving")
     threshold: float | None = Field(None, description="what the value is compared with")
     worst: float | None = Field(None, description="one-sided confidence bound on the bad side; None: no bound")
     best: float | None = Field(None, description="one-sided confidence bound on the good side")
-    n: int = Field(0, description="questions, prompts or tokens")
+    n: int = Field(0, description="questions, prompts or tokens; rounds of the benchmark for a saving")
     look: int = 1
     looks: int = Field(1, description="looks that were planned; more than 1 with `on_inconclusive: extend`")
     detectable: float | None = Field(None, description="distance from the threshold that this n sees in 80% of cases")

@@ -1,10 +1,10 @@
-"""What quality is measured on (`Suite`), and the conditions it must meet (`Condition`)."""
+"""What quality is measured on (`Suite`), and the conditions of the gate (`Condition`, `SavingCondition`)."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pennyweight import shipped
 from pennyweight.schema import Name, Section
@@ -124,7 +124,9 @@ def source_of(metric: str) -> str:
 
 
 def metrics_of_condition(condition: dict[str, Any]) -> list[str]:
-    """Full names of the metrics that say how a condition of a resolved recipe came out."""
+    """Full names of the metrics that say how a condition of a resolved recipe came out; none for one on a saving."""
+    if "metric" not in condition:
+        return []
     relative = condition["metric"] == "perplexity" and condition.get("relative_within") is not None
     metric = "perplexity_ratio" if relative else condition["metric"]
     return [f"{task}/{metric}" if task else metric for task in (condition.get("tasks") or [condition.get("task")])]
@@ -186,3 +188,40 @@ class Condition(Section):
     @property
     def alpha(self) -> float:
         return 1 - self.confidence
+
+
+class SavingCondition(Section):
+    """One condition of the gate on cost: at least so much is saved against the cheapest base candidate. The saving's
+    interval decides: a lower end at or above the bound passes, an upper end below it fails, and what is in between is
+    inconclusive."""
+
+    saving_at_least: float = Field(gt=-1, lt=1, allow_inf_nan=False)
+    """A fraction: 0.3 for 30%. Below 0 it says how much more a token may cost."""
+    concurrency: int | None = None
+    """The load that it is judged at, one that is measured. Left out: `decide_at`."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Of the interval, both ends together: at 0.95 it is the one that the report shows."""
+
+    @field_validator("saving_at_least", mode="before")
+    @classmethod
+    def _fraction(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and abs(value) > 1:
+            raise ValueError(f"{value:g} is not a fraction; write {value / 100:g} for {value:g}%")
+        return value
+
+    @property
+    def alpha(self) -> float:
+        """Error probability at either end of the interval."""
+        return (1 - self.confidence) / 2
+
+
+def _kind_of_condition(value: Any) -> str:
+    saving = any(str(key).startswith("saving") for key in value) if isinstance(value, dict) else False
+    return "[SavingCondition]" if saving or isinstance(value, SavingCondition) else "[Condition]"
+
+
+#: Brackets keep the tag out of the key paths of errors.
+GateCondition = Annotated[
+    Annotated[Condition, Tag("[Condition]")] | Annotated[SavingCondition, Tag("[SavingCondition]")],
+    Discriminator(_kind_of_condition),
+]

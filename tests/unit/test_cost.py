@@ -4,6 +4,11 @@ import pytest
 
 from pennyweight.benchmark import cost, rounds_at, turns
 from pennyweight.recipe import load_recipe
+from pennyweight.records import Interval
+
+
+def paired_saving(candidate: list[float], base: list[float], confidence: float = 0.95) -> Interval:
+    return cost.saving_of(cost.log_ratios(candidate, base), confidence)
 
 
 def test_dollars_per_million_tokens() -> None:
@@ -12,23 +17,26 @@ def test_dollars_per_million_tokens() -> None:
 
 
 def test_saving_of_constant_ratios_has_no_width() -> None:
-    saving = cost.paired_saving([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
+    saving = paired_saving([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     assert (saving.value, saving.low, saving.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_saving_interval_against_hand_arithmetic() -> None:
     # Logs of the ratios are −0.1, −0.2, −0.3: mean −0.2, standard error 0.1/√3, t(0.975, 2) = 4.302653.
-    saving = cost.paired_saving([math.exp(-0.1), math.exp(-0.2), math.exp(-0.3)], [1.0, 1.0, 1.0])
+    saving = paired_saving([math.exp(-0.1), math.exp(-0.2), math.exp(-0.3)], [1.0, 1.0, 1.0])
     half = 4.302652729911275 * 0.1 / math.sqrt(3)
     assert saving.value == pytest.approx(1 - math.exp(-0.2))
     assert saving.low == pytest.approx(1 - math.exp(-0.2 + half))
     assert saving.high == pytest.approx(1 - math.exp(-0.2 - half))
+    # At 80% confidence, t(0.9, 2) = 1.885618.
+    narrow = paired_saving([math.exp(-0.1), math.exp(-0.2), math.exp(-0.3)], [1.0, 1.0, 1.0], confidence=0.8)
+    assert narrow.low == pytest.approx(1 - math.exp(-0.2 + 1.885618083 * 0.1 / math.sqrt(3)))
 
 
 def test_a_drift_that_hits_both_alike_changes_nothing() -> None:
     drift = [1.0, 1.7, 0.8, 1.2]
-    steady = cost.paired_saving([0.5, 0.6, 0.5, 0.6], [1.0, 1.1, 1.0, 1.1])
-    drifting = cost.paired_saving(
+    steady = paired_saving([0.5, 0.6, 0.5, 0.6], [1.0, 1.1, 1.0, 1.1])
+    drifting = paired_saving(
         [a * d for a, d in zip([0.5, 0.6, 0.5, 0.6], drift)], [a * d for a, d in zip([1.0, 1.1, 1.0, 1.1], drift)]
     )
     assert drifting.model_dump() == pytest.approx(steady.model_dump())

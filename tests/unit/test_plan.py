@@ -325,6 +325,13 @@ def test_what_onnxruntime_cannot_load(calm: Store, settings: dict[str, Any], key
     assert make_plan(recipe(steps, runtimes=["transformers"]), calm).problems == []
 
 
+def test_notes_say_on_how_many_rounds_a_saving_is_judged(calm: Store) -> None:
+    gate = [{"saving_at_least": 0.3}, {"saving_at_least": 0.0, "concurrency": 4}]
+    notes = make_plan(recipe(gate=gate), calm).notes
+    assert "the saving at 1 is judged on 8 rounds, benchmark.decide_rounds" in notes
+    assert "the saving at 4 is judged on 3 rounds, benchmark.rounds" in notes
+
+
 def test_notes_say_what_transformers_only_imitates(calm: Store) -> None:
     steps = {
         "a": [{"quantize": {"scheme": "fp8", "kv_cache": "fp8", **TEXT}}],

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 
@@ -204,11 +203,11 @@ def _reports(
         }
         cheapest = min(bases, key=lambda name: np.mean(usd[name])) if bases else None
         for candidate in complete:
-            saving = None
+            logs = []
             if cheapest and candidate.id != cheapest:
-                saving = cost.paired_saving(usd[candidate.id], usd[cheapest])
+                logs = cost.log_ratios(usd[candidate.id], usd[cheapest])
             points[candidate.id].append(
-                _point(settings, price, concurrency, measured.waves[candidate.id, concurrency], saving, cheapest)
+                _point(settings, price, concurrency, measured.waves[candidate.id, concurrency], logs, cheapest)
             )
     return {
         name: CostReport(
@@ -242,7 +241,7 @@ def _with_rooflines(
 
 
 def _point(
-    settings: Benchmark, price: Price, concurrency: int, waves: list[Wave], saving: Any, cheapest: str | None
+    settings: Benchmark, price: Price, concurrency: int, waves: list[Wave], logs: list[float], cheapest: str | None
 ) -> CostPoint:
     shape = settings.workload
     seconds = sum(wave.seconds for wave in waves)
@@ -266,9 +265,10 @@ def _point(
         slo_met=_slo_met(settings, ttft, tpot),
         usd_per_1m_tokens=usd / (tokens_in + tokens_out) * 1e6,
         usd_per_1m_output_tokens=usd / tokens_out * 1e6,
-        saving=saving,
-        saving_against=cheapest if saving else None,
+        saving=cost.saving_of(logs) if logs else None,
+        saving_against=cheapest if logs else None,
         joules_per_output_token=sum(joules) / tokens_out if len(joules) == len(waves) else None,
+        log_ratios=logs,
     )
 
 

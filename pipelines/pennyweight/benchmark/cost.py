@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 from pennyweight.records import Interval, Price
+from pennyweight.statistics import Mean
 
 
 def usd_per_million(usd_per_hour: float, tokens: int, seconds: float) -> float:
@@ -17,17 +19,27 @@ def usd(price: Price, output_tokens: int, seconds: float) -> float:
     return price.usd_per_busy_hour / 3600 * seconds + price.egress_usd_per_1m_output * output_tokens / 1e6
 
 
-def paired_saving(candidate: list[float], base: list[float], confidence: float = 0.95) -> Interval:
-    """1 − cost of the candidate / cost of the base, from what both cost for the same work, round by round.
+def log_ratios(candidate: list[float], base: list[float]) -> list[float]:
+    """ln(candidate / base) of what both cost for the same work, round by round.
 
-    Rounds pair the two, so a machine that drifts moves both alike. The interval is Student's, on the logarithms of the
-    rounds' ratios: a ratio and its inverse are equally likely to be off by the same factor.
+    Rounds pair the two, so a machine that drifts moves both alike.
     """
-    from scipy.stats import t
+    return [math.log(ours / theirs) for ours, theirs in zip(candidate, base, strict=True)]
 
-    logs = [math.log(ours / theirs) for ours, theirs in zip(candidate, base, strict=True)]
+
+def mean_log_ratio(logs: list[float]) -> Mean:
+    """The average of the rounds' log ratios (two at least), with Student's interval.
+
+    On logarithms, because a ratio and its inverse are equally likely to be off by the same factor.
+    """
     n = len(logs)
     mean = sum(logs) / n
     variance = sum((value - mean) ** 2 for value in logs) / (n - 1)
-    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * math.sqrt(variance / n)
-    return Interval(value=1 - math.exp(mean), low=1 - math.exp(mean + half), high=1 - math.exp(mean - half))
+    return Mean(mean, math.sqrt(variance / n), n, n - 1)
+
+
+def saving_of(logs: list[float], confidence: float = 0.95) -> Interval:
+    """1 − cost of the candidate / cost of the base, from the rounds' log ratios."""
+    mean, z = mean_log_ratio(logs), NormalDist().inv_cdf(0.5 + confidence / 2)
+    low, high = (1 - math.exp(mean.bound(side)) for side in (-z, z))
+    return Interval(value=1 - math.exp(mean.value), low=low, high=high)

@@ -52,7 +52,7 @@ def _try(
             seconds = _seconds({"off": off, "on": on}, settings, prompts, tell)
     except Exception as error:
         return report.model_copy(update={"reason": f"{type(error).__name__}: {error}"})
-    saving = cost.paired_saving(seconds["on"], seconds["off"])
+    saving = cost.saving_of(cost.log_ratios(seconds["on"], seconds["off"]))
     kept = saving.low > 0
     reason = "its saving's lower bound is above 0" if kept else "its saving's lower bound is not above 0"
     return report.model_copy(update={"saving": saving, "kept": kept, "reason": reason})

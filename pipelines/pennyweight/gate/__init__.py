@@ -12,10 +12,11 @@ from typing import Literal
 
 from pennyweight.evaluate import looks
 from pennyweight.gate.hypothesis import Hypothesis, Look
+from pennyweight.gate.saving import SavingHypothesis
 from pennyweight.gate.winner import EXIT_CODES, cheapest_base, choose_winner, point_at, run_status
 from pennyweight.recipe import Recipe
 from pennyweight.records import ConditionResult, CostPoint, CostReport, Verdict
-from pennyweight.suite import Condition, source_of
+from pennyweight.suite import Condition, SavingCondition, source_of
 
 __all__ = [
     "EXIT_CODES",
@@ -40,7 +41,7 @@ def judge(
 
     One failed condition fails it; else one undecided condition leaves it inconclusive. Every condition gives a reason.
     """
-    conditions = assess(recipe, seen, totals, imitates_base)
+    conditions = assess(recipe, seen, totals, imitates_base, cost)
     outcomes: list[tuple[str, str]] = [(found.status, found.reason) for found in conditions]
     if cost is None:
         outcomes.append(("fail", "no cost was measured"))
@@ -52,31 +53,47 @@ def judge(
 
 
 def assess(
-    recipe: Recipe, seen: list[Look], totals: dict[str, int], imitates_base: bool = True
+    recipe: Recipe,
+    seen: list[Look],
+    totals: dict[str, int],
+    imitates_base: bool = True,
+    costs: CostReport | None = None,
 ) -> list[ConditionResult]:
     """What is known of each condition of the gate after the looks in `seen`.
 
     `totals`: source of evidence → how many items there are. `imitates_base`: whether divergence from the base is
-    damage.
+    damage. Without `costs`, conditions on a saving are left out; they count among the tests all the same.
     """
     tests = [
         Hypothesis(index, condition, names, recipe, totals)
         for index, condition in enumerate(recipe.gate)
+        if isinstance(condition, Condition)
         for names in ([[name] for name in condition.names] if condition.combine == "worst" else [condition.names])
     ]
-    deciding = [test for test in tests if imitates_base or not test.only_informs]
+    savings = [
+        SavingHypothesis(index, condition, recipe)
+        for index, condition in enumerate(recipe.gate)
+        if isinstance(condition, SavingCondition)
+    ]
+    judged = [test for test in tests if imitates_base or not test.only_informs]
+    deciding = [*judged, *savings]
     for number, look in enumerate(seen):
-        open_tests = [test for test in deciding if test.status is None or test.status == "inconclusive"]
-        for test in open_tests:
-            test.look(number, look)
-        _fail(open_tests, deciding)
+        for test in judged:
+            if test.status in (None, "inconclusive"):
+                test.look(number, look)
+        _fail(deciding)
+    if costs is not None:
+        for saving in savings:
+            saving.look(costs)
+        _fail(deciding)
     for test in tests:
-        if test not in deciding:
+        if test not in judged:
             test.look(len(seen) - 1, seen[-1])
             test.status = "info"
     return [
-        _combined(condition, [test.result() for test in tests if test.index == index])
+        _combined(condition, parts)
         for index, condition in enumerate(recipe.gate)
+        if (parts := [test.result() for test in [*tests, *savings] if test.index == index and test.status is not None])
     ]
 
 
@@ -88,25 +105,25 @@ def to_extend(recipe: Recipe, seen: list[Look], totals: dict[str, int], imitates
     sizes = recipe.evaluate.first_sizes()
     return {
         source_of(name)
-        for condition, result in zip(recipe.gate, found)
+        for condition, result in zip(recipe.quality_conditions, found)
         if result.status == "inconclusive"
         for name in condition.names
         if len(seen) < len(looks.sizes(sizes[source_of(name)], totals.get(source_of(name), 0)))
     }
 
 
-def _fail(tests: list[Hypothesis], deciding: list[Hypothesis]) -> None:
+def _fail(deciding: list[Hypothesis | SavingHypothesis]) -> None:
     """Holm's step-down over all deciding tests: the worst statistic is held to α over their number, the next to α over
     one less, and so on (with looks: Maurer and Bretz, Statistics in Biopharmaceutical Research 5, 2013)."""
     failed = sum(test.status == "fail" for test in deciding)
-    for test in sorted((test for test in tests if test.status == "inconclusive"), key=lambda test: test.z):
+    for test in sorted((test for test in deciding if test.status == "inconclusive"), key=lambda test: test.z):
         if test.z > -test.critical(test.condition.alpha / (len(deciding) - failed)):
             return
         test.status = "fail"
         failed += 1
 
 
-def _combined(condition: Condition, parts: list[ConditionResult]) -> ConditionResult:
+def _combined(condition: Condition | SavingCondition, parts: list[ConditionResult]) -> ConditionResult:
     """The worst of several tasks stands for all."""
     order = ["fail", "inconclusive", "pass", "info"]
     worst = min(parts, key=lambda part: order.index(part.status))

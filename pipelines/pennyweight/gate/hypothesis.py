@@ -33,7 +33,8 @@ class Hypothesis:
         self.index, self.condition, self.names = index, condition, names
         self.status: str | None = None
         self.z = 0.0
-        self._number_of_tests = sum(len(item.names) if item.combine == "worst" else 1 for item in recipe.gate)
+        tests = (len(item.names) if item.combine == "worst" else 1 for item in recipe.quality_conditions)
+        self._number_of_tests = sum(tests) + len(recipe.saving_conditions)
         self.only_informs = condition.metric in CHANGE_METRICS and not condition.for_every_variant
         self._higher = recipe.evaluate.metrics()[names[0]]
         self._fractions = (1.0,)

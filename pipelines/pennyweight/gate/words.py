@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pennyweight.records import ConditionResult
 from pennyweight.statistics import Estimate, PairedTable
-from pennyweight.suite import Condition
+from pennyweight.suite import Condition, SavingCondition
 
 
 def describe(condition: Condition, found: ConditionResult, estimate: Estimate) -> str:
@@ -39,6 +39,19 @@ def describe(condition: Condition, found: ConditionResult, estimate: Estimate) -
     return seen
 
 
+def describe_saving(condition: SavingCondition, found: ConditionResult, against: str | None) -> str:
+    """The same of a saving against the cheapest base candidate."""
+    assert found.value is not None and found.threshold is not None and found.detectable is not None
+    sign = "≥" if found.value >= found.threshold else "<"
+    seen = f"{found.name} {number(found.value)} {sign} {number(found.threshold)} against {against} on {found.n} rounds"
+    seen += _bounds(found, f"{condition.confidence:.0%}")
+    if found.worst != found.best:
+        seen += f"; minimum detectable {number(found.detectable, digits=2)}"
+    if found.status == "inconclusive":
+        seen += f"; {_what_it_takes(found, 'rounds')}"
+    return seen
+
+
 def _bounds(found: ConditionResult, level: str) -> str:
     low, high = (found.worst, found.best) if found.higher_is_better else (found.best, found.worst)
     good, bad = ("above", "below") if found.higher_is_better else ("below", "above")
@@ -52,14 +65,14 @@ def _bounds(found: ConditionResult, level: str) -> str:
     return f"; at {level} confidence between {number(low, digits=digits)} and {number(high, digits=digits)}"
 
 
-def _what_it_takes(found: ConditionResult) -> str:
+def _what_it_takes(found: ConditionResult, items: str = "items") -> str:
     """How many items would settle an undecided condition."""
     needed = found.needed_as_seen
     if needed is None or needed > 1000 * found.n:
-        return "it lies on its bound, and no number of items would settle that"
+        return f"it lies on its bound, and no number of {items} would settle that"
     if found.worst == found.best or needed <= found.n:
-        return "a few more items should settle it"
-    return f"about {number(needed)} items would settle it, if it is what it seems"
+        return f"a few more {items} should settle it"
+    return f"about {number(needed)} {items} would settle it, if it is what it seems"
 
 
 def number(value: float | None, signed: bool = False, digits: int = 3) -> str:

@@ -45,6 +45,7 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     notes += _notes(device, measured) + scheme_notes(recipe)
     if recipe.on_inconclusive == "extend":
         notes.append("further looks at undecided candidates are not counted: they depend on what is seen")
+    notes += _saving_notes(recipe)
     job = Job(recipe, store, device, shape, measured)
     stages = [] if found.of_kind("recipe") and shape is None else estimate_stages(job)
     plan = Plan(
@@ -60,6 +61,18 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     )
     check_room(plan, store, found)
     return plan.model_copy(update={"problems": found.found})
+
+
+def _saving_notes(recipe: Recipe) -> list[str]:
+    from pennyweight.benchmark import rounds_at
+
+    spec = recipe.benchmark
+    loads = [condition.concurrency or spec.decide_at for condition in recipe.saving_conditions]
+    return [
+        f"the saving at {load} is judged on {rounds_at(spec, load)} rounds, "
+        f"benchmark.{'decide_rounds' if load == spec.decide_at else 'rounds'}"
+        for load in loads
+    ]
 
 
 def _notes(device: str, measured: Measured | None) -> list[str]:

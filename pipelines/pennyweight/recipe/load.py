@@ -10,7 +10,7 @@ from pennyweight import shipped
 from pennyweight.errors import Problem, RecipeError, did_you_mean
 from pennyweight.recipe.schema import DataSource, Recipe
 from pennyweight.recipe.wording import validate
-from pennyweight.suite import DIVERGENCE_METRICS, Condition, Suite
+from pennyweight.suite import DIVERGENCE_METRICS, Condition, SavingCondition, Suite
 from pennyweight.yamlfile import YamlFile, apply_overrides
 
 #: Kinds of source that a URI can name.
@@ -37,6 +37,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if recipe is not None:
         recipe = _embed_data(recipe, file, problems)
         _check_uris(recipe, file, problems)
+        _check_savings(recipe, file, problems)
         if suite is not None:
             _check_gate(recipe, file, problems)
     if problems:
@@ -171,9 +172,19 @@ def _check_uris(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None
         problems.append(file.problem("base", "an hf: source reads hf:OWNER/NAME@REVISION", hint))
 
 
+def _check_savings(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None:
+    measured = recipe.benchmark.concurrency
+    for index, condition in enumerate(recipe.gate):
+        if isinstance(condition, SavingCondition) and condition.concurrency not in (None, *measured):
+            message = f"{condition.concurrency} is not measured; benchmark.concurrency is {measured}"
+            problems.append(file.problem(f"gate.{index}.concurrency", message, "add it there, or name one of these"))
+
+
 def _check_gate(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None:
     measured = recipe.evaluate.metrics()
     for index, condition in enumerate(recipe.gate):
+        if isinstance(condition, SavingCondition):
+            continue
         path = f"gate.{index}"
         unknown = [name for name in condition.names if name not in measured]
         for name in unknown:

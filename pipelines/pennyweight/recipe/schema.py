@@ -11,7 +11,7 @@ from pennyweight.errors import did_you_mean
 from pennyweight.recipe.prices import PriceSpec
 from pennyweight.recipe.steps import Step, step_by_kind
 from pennyweight.schema import Digest, Name, Section
-from pennyweight.suite import Condition, Suite
+from pennyweight.suite import Condition, GateCondition, SavingCondition, Suite
 
 RuntimeName = Literal["transformers", "onnxruntime", "openvino"]
 
@@ -147,7 +147,7 @@ class Recipe(Section):
     """A list for all candidates, or `{base: […], variants: […]}`."""
     evaluate: Suite
     """A shipped suite's name, a suite file's path, or a suite."""
-    gate: list[Condition] = Field(min_length=1)
+    gate: list[GateCondition] = Field(min_length=1)
     on_inconclusive: Literal["report", "extend"] = "report"
     """extend: draw more questions and text for a candidate whose verdict is inconclusive, twice as many at each look,
     up to what the data have. The looks share one error probability between them, so every bound is a little wider."""
@@ -200,6 +200,14 @@ class Recipe(Section):
         for variant in self.variants:
             for runtime in self.runtimes.variants:
                 yield variant, runtime
+
+    @property
+    def quality_conditions(self) -> list[Condition]:
+        return [condition for condition in self.gate if isinstance(condition, Condition)]
+
+    @property
+    def saving_conditions(self) -> list[SavingCondition]:
+        return [condition for condition in self.gate if isinstance(condition, SavingCondition)]
 
     def imitates_base(self, variant: str) -> bool:
         """Whether a variant should predict what the base predicts, so that divergence from it is damage."""

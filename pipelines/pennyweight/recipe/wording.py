@@ -11,6 +11,9 @@ from pennyweight.errors import Problem, did_you_mean
 from pennyweight.schema import Section
 from pennyweight.yamlfile import YamlFile
 
+#: Parts of an error's location that are no keys: pydantic's mark of a bad key, and which kind of condition it is.
+_NOT_KEYS = ("[key]", "[Condition]", "[SavingCondition]")
+
 
 def validate(model: type[Section], raw: Any, file: YamlFile, problems: list[Problem], prefix: str = "") -> Any:
     """`raw` as a `model`, or None with what is wrong with it added to `problems`."""
@@ -23,7 +26,7 @@ def validate(model: type[Section], raw: Any, file: YamlFile, problems: list[Prob
 
 
 def _problem(model: type[Section], item: dict[str, Any], file: YamlFile, prefix: str) -> Problem:
-    location = [str(part) for part in item["loc"] if part != "[key]"]
+    location = [str(part) for part in item["loc"] if part not in _NOT_KEYS]
     path = ".".join(([prefix] if prefix else []) + location)
     value = item["input"]
     shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool) else ""
@@ -57,7 +60,9 @@ def _keys_at(model: type[Section], location: tuple[Any, ...]) -> list[str]:
     node: dict[str, Any] = schema
     for part in location:
         node = _resolve(schema, node)
-        if part in node.get("discriminator", {}).get("mapping", {}):
+        if part in _NOT_KEYS:
+            node = schema["$defs"][part.strip("[]")]
+        elif part in node.get("discriminator", {}).get("mapping", {}):
             node = {"$ref": node["discriminator"]["mapping"][part]}
         elif isinstance(part, int):
             node = node.get("items", {})

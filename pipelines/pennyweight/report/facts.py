@@ -63,6 +63,17 @@ def gate(record: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
+def saving_bounds(record: RunRecord) -> list[float]:
+    """The gate's conditions on the saving at the load that decides."""
+    conditions = record.recipe.resolved.get("gate")
+    loads = (None, decide_at(record))
+    return [
+        item["saving_at_least"]
+        for item in (conditions if isinstance(conditions, list) else [])
+        if isinstance(item, dict) and "saving_at_least" in item and item.get("concurrency") in loads
+    ]
+
+
 def _as_ratio(item: dict[str, Any]) -> dict[str, Any]:
     """A perplexity relative to the base's is shown as the ratio of the two, which has a bound of its own."""
     if item["metric"] != "perplexity" or item.get("relative_within") is None:

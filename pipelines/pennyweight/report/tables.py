@@ -24,7 +24,7 @@ def candidates_table(record: RunRecord) -> Html:
     columns += [f"at {count}" for count in loads]
     columns += ["TTFT p50, p95", "TPOT p50, p95", "$ per 1M tokens", "saving"]
     bounds = [None, None, *(_bound(record, name) for name in metrics)]
-    bounds += [None] * (len(columns) - len(bounds))
+    bounds += [None] * (len(columns) - len(bounds) - 1) + [_saving_bound(record)]
     head = el(
         "thead",
         el("tr", [el("th", name, colspan=span, scope="colgroup") for name, span in groups if span], class_="groups"),
@@ -69,6 +69,12 @@ def _breakable(candidate: str) -> Html:
 
 def _bound(record: RunRecord, name: str) -> str | None:
     return ", ".join(text.condition(item) for item in facts.gate(record) if item["name"] == name) or None
+
+
+def _saving_bound(record: RunRecord) -> str | None:
+    """What the gate asks of the saving at the load that decides."""
+    bounds = facts.saving_bounds(record)
+    return ", ".join(text.minus(f"≥ {100 * bound:g}%") for bound in bounds) or None
 
 
 def _size(record: RunRecord, result: CandidateResult) -> Html:

@@ -218,6 +218,9 @@ def _price(price: Price) -> str:
 
 def describe_condition(condition: dict[str, Any]) -> str:
     """One condition of a gate in one line: `piqa/acc non_inferior_within 0.05`."""
+    if "saving_at_least" in condition:
+        load = condition.get("concurrency")
+        return f"saving_at_least {condition['saving_at_least']:g}" + (f" at {load}" if load else "")
     name = f"{condition['task']}/{condition['metric']}" if condition.get("task") else condition.get("metric", "")
     bounds = ("max", "min", "non_inferior_within")
     return " ".join([name, *(f"{bound} {condition[bound]:g}" for bound in bounds if condition.get(bound) is not None)])
