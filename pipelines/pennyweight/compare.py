@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import Field
 
+from pennyweight.benchmark.cost import saving_of
 from pennyweight.columns import columns
 from pennyweight.errors import UsageError, did_you_mean
 from pennyweight.evaluate import estimates
 from pennyweight.evaluate.evidence import REFERENCE_SAMPLES, SAMPLES_FOLDER, Row, read_rows
 from pennyweight.gate.words import number
-from pennyweight.records import CandidateResult, Interval, Record, RunRecord
+from pennyweight.records import CandidateResult, CostPoint, Interval, Record, RunRecord
 from pennyweight.show import load_run
 from pennyweight.statistics import PairedTable
 from pennyweight.statistics.clustered import NORMAL_95
@@ -248,7 +249,32 @@ def _facts(
 ) -> list[tuple[str, str, str]]:
     sides = [_facts_of(*side) for side in (ours, theirs)]
     names = list(dict.fromkeys([*sides[0], *sides[1]]))
-    return [(name, sides[0].get(name, "–"), sides[1].get(name, "–")) for name in names]
+    rows = [(name, sides[0].get(name, "–"), sides[1].get(name, "–")) for name in names]
+    return rows + savings(ours, theirs)
+
+
+def savings(
+    ours: tuple[RunRecord, CandidateResult], theirs: tuple[RunRecord, CandidateResult]
+) -> list[tuple[str, str, str]]:
+    """What ours saves against theirs at each load, where one run measured both in turn."""
+    if ours[0].run_dir != theirs[0].run_dir or ours[1].id == theirs[1].id:
+        return []
+    found = []
+    for point, other in zip(_points(ours[1]), _points(theirs[1])):
+        (base, logs), (other_base, minus) = _log_ratios(ours[1], point), _log_ratios(theirs[1], other)
+        if base != other_base or not logs or len(logs) != len(minus):
+            continue
+        saving = saving_of([one - two for one, two in zip(logs, minus)])
+        words = f"{saving.value:.1%} ({saving.low:.1%} to {saving.high:.1%})"
+        found.append((f"saving against theirs at {point.concurrency}, 95% interval", words, "–"))
+    return found
+
+
+def _log_ratios(result: CandidateResult, point: CostPoint) -> tuple[str, list[float]]:
+    """(the base candidate that costs are compared with, how ours compare round by round); the base's own are 0."""
+    if point.saving_against is None:
+        return result.id, [0.0] * point.rounds
+    return point.saving_against, point.log_ratios
 
 
 def _facts_of(record: RunRecord, result: CandidateResult) -> dict[str, str]:
@@ -259,11 +285,15 @@ def _facts_of(record: RunRecord, result: CandidateResult) -> dict[str, str]:
     for name in ("kl_mean", "perplexity_ratio", "top1_agreement"):
         if name in metrics:
             found[f"{name} against its base"] = number(metrics[name].value)
-    for point in result.cost.points if result.cost else []:
+    for point in _points(result):
         at = f"at {point.concurrency}"
         found[f"output tokens/s {at}"] = number(point.output_tokens_per_second)
         found[f"$ per 1M tokens {at}"] = f"{point.usd_per_1m_tokens:.3f}"
     return found
+
+
+def _points(result: CandidateResult) -> list[CostPoint]:
+    return result.cost.points if result.cost else []
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------

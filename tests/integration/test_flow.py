@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -78,6 +79,17 @@ def test_cost_follows_from_the_times(finished: Path) -> None:
             assert point["usd_per_1m_tokens"] == pytest.approx(1.0 / 3600 / point["total_tokens_per_second"] * 1e6)
 
 
+def test_a_saving_follows_from_its_rounds(finished: Path) -> None:
+    for result in latest(finished)["candidates"]:
+        for point in result["cost"]["points"]:
+            logs = point["log_ratios"]
+            if point["saving_against"] is None:
+                assert logs == []
+                continue
+            assert len(logs) == point["rounds"]
+            assert point["saving"]["value"] == pytest.approx(1 - math.exp(sum(logs) / len(logs)))
+
+
 def test_base_does_not_differ_from_itself(finished: Path) -> None:
     base = next(result for result in latest(finished)["candidates"] if result["id"] == "base@transformers")
     metrics = {name: metric["value"] for name, metric in base["quality"]["metrics"].items()}
@@ -145,6 +157,7 @@ def test_flips_and_comparisons(finished: Path, tmp_path: Path) -> None:
     sides = [f"runs/latest:{name}" for name in names]
     compared = pennyweight("compare", *sides, "--json", "--junit", str(tmp_path / "j.xml"), cwd=finished, store=store)
     assert compared.returncode == 0, compared.stderr
+    assert any("saving against theirs at 1" in name for name, *_ in json.loads(compared.stdout)["facts"])
     metric = next(item for item in json.loads(compared.stdout)["metrics"] if item["name"] == "openbookqa/acc_norm")
     right = []
     for name in names:
