@@ -68,37 +68,63 @@ def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **option
 
 
 @click.command()
-@click.argument("reports", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, required=True, metavar="RUN[:CANDIDATE]|REPORTS...")
 @click.option("--price", help="Of the machine: a name of the price sheet, dollars an hour, or a price as in a recipe.")
 @prices_option
 @click.option(
     "--api", metavar="NAME|IN:OUT", help="An API of the sheet, or dollars for a million tokens: when does hosting pay?"
 )
-@click.option("--mix", metavar="IN:OUT", default="chat", show_default=True, help="Tokens of a request, for --api.")
+@click.option("--mix", metavar="IN:OUT", help="Tokens of a request, for --api; by default the run's own, or chat.")
+@click.option("--users", type=click.IntRange(1), help="Of a RUN: requests in flight at most; the recipe's by default.")
+@click.option("--again", is_flag=True, help="Of a RUN: measure again what was measured before.")
 @json_option
 @friendly
 def cost(
-    reports: tuple[Path, ...], price: str | None, prices: Path | None, api: str | None, mix: str, as_json: bool
-) -> int:
+    sources: tuple[str, ...], price: str | None, prices: Path | None, api: str | None, mix: str | None,
+    users: int | None, again: bool, as_json: bool,
+) -> int:  # fmt: skip
     """Say what input, output and idle time cost, and when hosting pays.
 
-    REPORTS are files that `bench --json` printed, of one target at three or more mixes of input and output.
+    Of a RUN its winner and the cheapest candidate of its base are measured as they serve its workload: where the SLO
+    still holds, and at three more mixes of input and output; what was measured is kept in the run's folder. REPORTS are
+    files that `bench --json` printed, of one target at three or more mixes.
     """
     from pennyweight.load import card as card_
-    from pennyweight.load import command
+    from pennyweight.load import command, of_run
     from pennyweight.load.workload import parse_shape
     from pennyweight.recipe import load_prices
+    from pennyweight.store import Store
 
-    shape, sheet = parse_shape(mix), load_prices(prices)
+    sheet = load_prices(prices)
     offer = command.parse_api_price(api, sheet) if api else None
     machine = command.parse_price(price, sheet) if price else None
-    card = card_.fit([command.read_report(path) for path in reports], machine)
-    pays = card_.break_even(card, shape.input.mean, shape.output.mean, offer.input, offer.output) if offer else None
+    shape = parse_shape(mix) if mix else None
+
+    def pays(card: card_.PriceCard, default: str) -> card_.BreakEven | None:
+        asked = shape or parse_shape(default)
+        return card_.break_even(card, asked.input.mean, asked.output.mean, offer.input, offer.output) if offer else None
+
+    if len(sources) == 1 and of_run.is_run(sources[0]):
+        found = of_run.measure(sources[0], users, machine, again, Store(), say)
+        verdicts = [item.card and pays(item.card, of_run.mix_of(sources[0])) for item in found]
+        if as_json:
+            print_json(
+                [
+                    item.model_dump(mode="json") | {"break_even": verdict and verdict.model_dump(mode="json")}
+                    for item, verdict in zip(found, verdicts)
+                ]
+            )
+        else:
+            texts = [command.format_candidate(item, verdict, offer) for item, verdict in zip(found, verdicts)]
+            click.echo("\n\n".join(texts))
+        return 0
+    card = card_.fit([command.read_report(Path(path)) for path in sources], machine)
+    verdict = pays(card, "chat")
     if as_json:
-        parts = {"card": card, "api": offer, "break_even": pays}
+        parts = {"card": card, "api": offer, "break_even": verdict}
         print_json({name: part and part.model_dump(mode="json") for name, part in parts.items()})
     else:
-        click.echo(command.format_card(card, pays, offer))
+        click.echo(command.format_card(card, verdict, offer))
     return 0
 
 

@@ -39,6 +39,7 @@ from pennyweight.yamlfile import YamlFile
 
 if TYPE_CHECKING:
     from pennyweight.load.models import Demand, Model
+    from pennyweight.load.of_run import CandidateCost
 
 #: Shipped text that prompts are cut from.
 TEXT = "xsum-documents"
@@ -383,6 +384,19 @@ def format_card(card: PriceCard, pays: BreakEven | None, api: ApiPrice | None) -
         lines += ["", _api(api), _pays(pays)]
         if pays.requests_per_day is not None and not pays.pays:
             lines.append(_too_idle(pays))
+    return "\n".join(lines)
+
+
+def format_candidate(found: CandidateCost, pays: BreakEven | None, api: ApiPrice | None) -> str:
+    """One candidate of a run: where it is cheapest, and its card there."""
+    first = found.reports[0]
+    lines = [f"{found.candidate} in {first.runtime} ({BATCHING[str(first.batching)]})"]
+    if found.knee:
+        lines.append(_knee_sentence(first))
+    else:
+        lines.append(f"cheapest at {found.users} users; the recipe has no SLO that would limit them")
+    if found.card:
+        lines.append(format_card(found.card, pays, api))
     return "\n".join(lines)
 
 

@@ -1,0 +1,161 @@
+"""What a run's candidates cost when they serve: the knee, and a price card of several mixes, measured once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from pydantic import Field
+
+from pennyweight import compare
+from pennyweight.errors import StoreError, UsageError
+from pennyweight.load import bench, card
+from pennyweight.load.bench import BenchReport, Load, Settings
+from pennyweight.load.command import Options, prepare, read_report
+from pennyweight.load.knee import Knee
+from pennyweight.load.workload import Lengths, Shape
+from pennyweight.recipe import Slo
+from pennyweight.records import Price, Record, RunRecord
+from pennyweight.show import load_run
+from pennyweight.store import Store
+
+#: Where a run keeps its reports, one for each candidate and mix.
+FOLDER = "cost"
+#: A report older than this is measured again.
+MAX_AGE = timedelta(days=7)
+#: Mixes of a card, as factors on the workload's tokens in and out: its own, more to read, more to write, both.
+MIXES = ((1.0, 1.0), (2.0, 0.25), (0.25, 2.0), (1.0, 2.0))
+SHORTEST = 2
+
+
+class CandidateCost(Record):
+    """One candidate as it serves the workload of its run."""
+
+    candidate: str
+    users: int | None = Field(
+        description="requests in flight at which its tokens are cheapest; None: nothing meets the SLO"
+    )
+    knee: Knee | None = Field(description="None where the run's recipe has no SLO")
+    card: card.PriceCard | None
+    reports: list[BenchReport]
+
+
+def measure(
+    where: str, users: int | None, price: Price | None, again: bool, store: Store, say: Callable[[str], None]
+) -> list[CandidateCost]:
+    """Measure the candidate of `RUN:CANDIDATE`; of a `RUN` its winner and the cheapest of its base's candidates.
+
+    `users`: the most that the knee is looked for at; the recipe's largest concurrency by default. Reports in the run's
+    folder are taken as they are, unless they are old or are to be measured `again`. Raises UsageError.
+    """
+    record = load_run(Path(where.partition(":")[0]))
+    most = users or max(record.recipe.resolved["benchmark"]["concurrency"])
+    return [_measure(record, name, most, price or record.price, again, store, say) for name in _names(record, where)]
+
+
+def is_run(source: str) -> bool:
+    path = Path(source.partition(":")[0])
+    return (path / "run.json").is_file() or path.name == "run.json"
+
+
+def mix_of(where: str) -> str:
+    """The tokens in and out of the run's own workload."""
+    workload = load_run(Path(where.partition(":")[0])).recipe.resolved["benchmark"]["workload"]
+    return f"{workload['input_tokens']}:{workload['output_tokens']}"
+
+
+def _names(record: RunRecord, where: str) -> list[str]:
+    _, separator, candidate = where.partition(":")
+    if separator:
+        return [compare.find(record, candidate).id]
+    names = [name for name in (record.winner, record.base) if name]
+    if not names:
+        raise UsageError("the run has neither a winner nor a base that was priced", f"name a candidate: {where}:…")
+    return names
+
+
+def _measure(
+    record: RunRecord, name: str, most: int, price: Price | None, again: bool, store: Store, say: Callable[[str], None]
+) -> CandidateCost:
+    folder = Path(record.run_dir) / FOLDER / re.sub(r"[^\w@.-]", "-", name)
+    spec = record.recipe.resolved["benchmark"]
+    slo = Slo(**spec["slo"]) if spec["slo"] else None
+    own, *others = _shapes(spec["workload"]["input_tokens"], spec["workload"]["output_tokens"])
+    with ExitStack() as stack:
+        settings: Settings | None = None
+
+        def report_of(shape: Shape, loads: tuple[Load, ...], knee_up_to: int | None) -> BenchReport:
+            nonlocal settings
+            file = folder / f"{shape.input.mean}-{shape.output.mean}.json"
+            if not again and (kept := _kept(file, loads, knee_up_to)):
+                return kept
+            if settings is None:
+                longest = max((own, *others), key=lambda mix: mix.input.mean + mix.output.mean)
+                target = Options(f"{record.run_dir}:{name}", workload=_text(longest), concurrency=(most,))
+                settings = prepare(target, store, stack, say)
+            say(f"{name}: {shape}, {'the knee' if knee_up_to else ', '.join(map(str, loads))}")
+            asked = replace(settings, shape=shape, loads=loads, knee_up_to=knee_up_to, slo=slo, price=price)
+            found = bench.run(asked, say).report
+            if found.interrupted:
+                raise KeyboardInterrupt
+            _keep(found, file)
+            return found
+
+        loads = tuple(Load(count) for count in sorted({1, most}))
+        first = report_of(own, () if slo else loads, most if slo else None)
+        reports, users = [first], _users(first)
+        if users is not None:
+            reports += [report_of(shape, (Load(users),), None) for shape in others]
+    fitted = None if users is None else card.fit([_at(report, users) for report in reports], price)
+    return CandidateCost(candidate=name, users=users, knee=first.knee, card=fitted, reports=reports)
+
+
+def _shapes(into: int, out: int) -> list[Shape]:
+    return [
+        Shape("custom", Lengths(max(SHORTEST, round(into * more_in))), Lengths(max(SHORTEST, round(out * more_out))))
+        for more_in, more_out in MIXES
+    ]
+
+
+def _text(shape: Shape) -> str:
+    return f"{shape.input.mean}:{shape.output.mean}"
+
+
+def _users(report: BenchReport) -> int | None:
+    """Where its tokens are cheapest, of the loads that meet the SLO."""
+    if report.knee:
+        return report.knee.concurrency
+    return card.at_its_best(report).concurrency
+
+
+def _at(report: BenchReport, users: int) -> BenchReport:
+    """The report with that load alone, so that all mixes are compared at one."""
+    every: Sequence = [*report.loads, *(report.knee.reports if report.knee else [])]
+    return report.model_copy(update={"loads": [load for load in every if load.concurrency == users], "knee": None})
+
+
+def _kept(file: Path, loads: tuple[Load, ...], knee_up_to: int | None) -> BenchReport | None:
+    """A report of these loads that is not too old."""
+    if not file.is_file():
+        return None
+    found = read_report(file)
+    young = datetime.now(UTC) - datetime.fromisoformat(found.started_at) < MAX_AGE
+    measured = {load.concurrency for load in found.loads}
+    same = bool(found.knee) if knee_up_to else {load.concurrency for load in loads} <= measured
+    return found if young and same else None
+
+
+def _keep(report: BenchReport, file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(report.model_dump_json(indent=1) + "\n")
+        temporary.replace(file)
+    except OSError as error:
+        raise StoreError(
+            f"{file} cannot be written: {error.strerror}", "free some disk; the run itself is safe"
+        ) from error
