@@ -24,10 +24,12 @@ class Fake:
     slots: int = 1000
     """Requests that are served at once; the others wait."""
     fault: str | None = None
-    """status:CODE, stall, drop, garbage, error, empty, hangup."""
+    """status:CODE, stall, drop, garbage, error, empty, hangup, once: a connection is closed when it is used again."""
     models: tuple[str, ...] = ("fake",)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    used: set[Any] = field(default_factory=set)
+    """Connections that have had a request."""
     most_at_once: int = 0
     at_once: int = 0
     url: str = ""
@@ -49,6 +51,10 @@ class Fake:
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         kind, _, code = (self.fault or "").partition(":")
+        if kind == "once" and request.transport in self.used:
+            request.transport.close()
+            return web.Response()
+        self.used.add(request.transport)
         if kind == "status":
             return web.json_response({"error": {"message": "too much"}}, status=int(code))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

@@ -94,6 +94,16 @@ def test_a_connection_that_the_server_closed_in_between_is_made_anew() -> None:
         assert [served.fault for served in asyncio.run(several(fake.url))] == [None] * 6
 
 
+def test_a_server_that_closed_all_kept_connections_is_asked_over_a_new_one() -> None:
+    async def four_then_one(url: str) -> Served:
+        async with connect(Endpoint(url, "fake")) as target:
+            await asyncio.gather(*(target.serve(asked(), time.perf_counter()) for _ in range(4)))
+            return await target.serve(asked(), time.perf_counter())
+
+    with serve(fault="once", first=0.05) as fake:
+        assert asyncio.run(four_then_one(fake.url)).fault is None
+
+
 def test_nobody_listens() -> None:
     with serve() as fake:
         url = fake.url

@@ -76,12 +76,14 @@ class HttpTarget:
         events: list[tuple[float, bytes]] = []
         try:
             try:
-                await self._ask(asked, served, events)
+                await self._ask(self._session, asked, served, events)
             except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-                # A server may close a connection between two requests; the second finds out when it is sent.
+                # A server may close a connection between two requests; the second finds out when it is sent. All that
+                # are kept may be closed, so it is sent again over one of its own.
                 if events or isinstance(error, aiohttp.ClientConnectorError):
                     raise
-                await self._ask(asked, served, events)
+                async with _session(self._endpoint) as fresh:
+                    await self._ask(fresh, asked, served, events)
         except TimeoutError:
             served.fault = "stalled"
             served.message = f"nothing came for {self._endpoint.stall_seconds:g} s"
@@ -97,8 +99,10 @@ class HttpTarget:
             _read(events, served)
         return served
 
-    async def _ask(self, asked: Asked, served: Served, events: list[tuple[float, bytes]]) -> None:
-        async with self._session.post(self._endpoint.path, json=self._endpoint.body(asked)) as response:
+    async def _ask(
+        self, session: aiohttp.ClientSession, asked: Asked, served: Served, events: list[tuple[float, bytes]]
+    ) -> None:
+        async with session.post(self._endpoint.path, json=self._endpoint.body(asked)) as response:
             if response.status != 200:
                 text = (await response.text())[:SHOWN]
                 served.fault, served.message = "status", f"HTTP {response.status}: {text}"
@@ -108,12 +112,16 @@ class HttpTarget:
 
 @asynccontextmanager
 async def connect(endpoint: Endpoint) -> AsyncIterator[HttpTarget]:
-    async with aiohttp.ClientSession(
+    async with _session(endpoint) as session:
+        yield HttpTarget(endpoint, session)
+
+
+def _session(endpoint: Endpoint) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=endpoint.stall_seconds),
         headers=endpoint.headers,
-    ) as session:
-        yield HttpTarget(endpoint, session)
+    )
 
 
 async def served_model(url: str, key: str | None) -> str:
