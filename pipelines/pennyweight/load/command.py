@@ -78,9 +78,11 @@ class Options:
     seed: int = 0
 
 
-def prepare(options: Options, store: Store, stack: ExitStack, say: Callable[[str], None]) -> Settings:
-    """Check all that can be checked without a request, then fetch the text, and find the model: at a server, or here,
-    where it is loaded. `stack` ends what that begins.
+def prepare(
+    options: Options, store: Store, stack: ExitStack, say: Callable[[str], None], texts: list[str] | None = None
+) -> Settings:
+    """Check all that can be checked without a request, then fetch the text that prompts are cut from, unless it is
+    given, and find the model: at a server, or here, where it is loaded. `stack` ends what that begins.
 
     Raises UsageError for a call that cannot work, StageError for a server that does not answer or a model that cannot
     be run.
@@ -93,7 +95,8 @@ def prepare(options: Options, store: Store, stack: ExitStack, say: Callable[[str
         raise UsageError("--knee needs an SLO", "such as --slo ttft_p95_ms=500,tpot_p95_ms=50")
     price = None if options.price is None else parse_price(options.price, load_prices(options.prices))
     model = None if served else _model(options, store, stack)
-    texts = read_texts(options.text) if options.text else _shipped_text(store)
+    if texts is None:
+        texts = read_texts(options.text) if options.text else _shipped_text(store)
     if model is None:
         place: Place = _endpoint(options)
         tokenizer = _tokenizer(options.tokenizer)

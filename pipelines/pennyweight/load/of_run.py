@@ -11,14 +11,14 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pennyweight import compare
+from pennyweight import compare, datasets
 from pennyweight.errors import StoreError, UsageError
 from pennyweight.load import bench, card
 from pennyweight.load.bench import BenchReport, Load, Settings
 from pennyweight.load.command import Options, prepare, read_report
 from pennyweight.load.knee import Knee
 from pennyweight.load.workload import Lengths, Shape
-from pennyweight.recipe import Slo
+from pennyweight.recipe import Recipe, Slo
 from pennyweight.records import Price, Record, RunRecord
 from pennyweight.show import load_run
 from pennyweight.store import Store
@@ -96,7 +96,7 @@ def _measure(
             if settings is None:
                 longest = max((own, *others), key=lambda mix: mix.input.mean + mix.output.mean)
                 target = Options(f"{record.run_dir}:{name}", workload=_text(longest), concurrency=(most,))
-                settings = prepare(target, store, stack, say)
+                settings = prepare(target, store, stack, say, _texts(record, store))
             say(f"{name}: {shape}, {'the knee' if knee_up_to else ', '.join(map(str, loads))}")
             asked = replace(settings, shape=shape, loads=loads, knee_up_to=knee_up_to, slo=slo, price=price)
             found = bench.run(asked, say).report
@@ -112,6 +112,17 @@ def _measure(
             reports += [report_of(shape, (Load(users),), None) for shape in others]
     fitted = None if users is None else card.fit([_at(report, users) for report in reports], price)
     return CandidateCost(candidate=name, users=users, knee=first.knee, card=fitted, reports=reports)
+
+
+def _texts(record: RunRecord, store: Store) -> list[str]:
+    """What the run's own prompts were cut from."""
+    recipe = Recipe.model_validate(record.recipe.resolved)
+    names = [item.text for item in recipe.evaluate.texts().values()]
+    names += [name for name, source in recipe.data.items() if source.text]
+    if not names:
+        raise UsageError("the run has no text to make prompts of")
+    path, _ = datasets.fetch(names[0], recipe.data[names[0]], store)
+    return list(datasets.texts(path))
 
 
 def _shapes(into: int, out: int) -> list[Shape]:
