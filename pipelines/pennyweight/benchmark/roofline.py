@@ -65,6 +65,12 @@ def decode_step(work: Work, ceilings: Measured, requests: int, cached: int) -> L
     return Least(size / read_speed(ceilings, size), operations / peak(ceilings, work.dtype, work.integers))
 
 
+def wave(work: Work, ceilings: Measured, requests: int, n: int, m: int) -> list[Least]:
+    """Least times of `requests` requests served together, n tokens in and m out: of the prompts, then of each step."""
+    steps = [decode_step(work, ceilings, requests, cached) for cached in range(n, n + m - 1)]
+    return [prefill(work, ceilings, requests, n), *steps]
+
+
 def roofline(work: Work, ceilings: Measured, point: CostPoint, base: CostPoint | None) -> Roofline:
     """A candidate's measured point against its bound.
 
@@ -78,9 +84,7 @@ def roofline(work: Work, ceilings: Measured, point: CostPoint, base: CostPoint |
     """
     requests, n, m = point.concurrency, point.input_tokens, point.output_tokens
     lengths = range(n, n + m - 1)
-    reading = prefill(work, ceilings, requests, n)
-    steps = [decode_step(work, ceilings, requests, cached) for cached in lengths]
-    phases = [reading, *steps]
+    reading, *steps = phases = wave(work, ceilings, requests, n, m)
     least = sum(phase.seconds for phase in phases)
     on_memory = sum(phase.seconds for phase in phases if phase.memory >= phase.compute)
     best = requests * m / least

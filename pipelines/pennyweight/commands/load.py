@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pennyweight.commands.common import EXIT_INTERRUPTED, friendly, json_option, print_json, say
+from pennyweight.errors import UsageError
 from pennyweight.installed import RUNTIME_PACKAGES
+
+if TYPE_CHECKING:
+    from pennyweight.recipe import Prices
 
 
 def prices_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,12 +80,18 @@ def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **option
 )
 @click.option("--mix", metavar="IN:OUT", help="Tokens of a request, for --api; by default the run's own, or chat.")
 @click.option("--users", type=click.IntRange(1), help="Of a RUN: requests in flight at most; the recipe's by default.")
+@click.option(
+    "--elsewhere",
+    multiple=True,
+    metavar="NAME",
+    help="Of a RUN: project it to a machine of the sheet; can be repeated.",
+)
 @click.option("--again", is_flag=True, help="Of a RUN: measure again what was measured before.")
 @json_option
 @friendly
 def cost(
     sources: tuple[str, ...], price: str | None, prices: Path | None, api: str | None, mix: str | None,
-    users: int | None, again: bool, as_json: bool,
+    users: int | None, elsewhere: tuple[str, ...], again: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Say what input, output and idle time cost, and when hosting pays.
 
@@ -104,6 +114,8 @@ def cost(
         asked = shape or parse_shape(default)
         return card_.break_even(card, asked.input.mean, asked.output.mean, offer.input, offer.output) if offer else None
 
+    if elsewhere:
+        return _project(sources, elsewhere, sheet, as_json)
     if len(sources) == 1 and of_run.is_run(sources[0]):
         found = of_run.measure(sources[0], users, machine, again, Store(), say)
         verdicts = [item.card and pays(item.card, of_run.mix_of(sources[0])) for item in found]
@@ -125,6 +137,21 @@ def cost(
         print_json({name: part and part.model_dump(mode="json") for name, part in parts.items()})
     else:
         click.echo(command.format_card(card, verdict, offer))
+    return 0
+
+
+def _project(sources: tuple[str, ...], elsewhere: tuple[str, ...], sheet: Prices, as_json: bool) -> int:
+    from pennyweight.benchmark.elsewhere import project
+    from pennyweight.load.command import format_projections
+    from pennyweight.show import load_run
+
+    if len(sources) > 1:
+        raise UsageError("--elsewhere projects one run", "name its folder alone")
+    found = project(load_run(Path(sources[0])), elsewhere, sheet)
+    if as_json:
+        print_json([projection.model_dump(mode="json") for projection in found])
+    else:
+        click.echo(format_projections(found))
     return 0
 
 

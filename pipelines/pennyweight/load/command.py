@@ -38,6 +38,7 @@ from pennyweight.tracking import redact
 from pennyweight.yamlfile import YamlFile
 
 if TYPE_CHECKING:
+    from pennyweight.benchmark.elsewhere import Projection
     from pennyweight.load.models import Demand, Model
     from pennyweight.load.of_run import CandidateCost
 
@@ -401,6 +402,27 @@ def format_candidate(found: CandidateCost, pays: BreakEven | None, api: ApiPrice
     if found.card:
         lines.append(format_card(found.card, pays, api))
     return "\n".join(lines)
+
+
+def format_projections(found: list[Projection]) -> str:
+    rows = [["candidate", "at", "$/1M here", "machine", "$/1M projected", "at best", "tok/s projected"]]
+    rows += [
+        [
+            item.candidate, str(item.concurrency), f"{item.usd_per_1m_tokens_here:.4g}", item.machine,
+            f"{item.usd_per_1m_tokens:.4g}", f"{item.usd_per_1m_tokens_at_best:.4g}",
+            f"{item.output_tokens_per_second:,.0f}",
+        ]
+        for item in found
+    ]  # fmt: skip
+    sources = sorted({f"{item.machine}: {item.ceilings}" for item in found})
+    return "\n".join(
+        [
+            *columns(rows, left=1),
+            "",
+            "Projected, not measured: a candidate realizes the share of the roofline there that it realized here.",
+            f"Ceilings: {'; '.join(sources)}.",
+        ]
+    )
 
 
 def _hour(price: Price) -> str:

@@ -5,7 +5,7 @@ recipe, the shipped suites, tasks, data pins and prices, and the prices in `PENN
 """
 
 from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
-from pennyweight.recipe.prices import ApiPrice, Owned, Prices, PriceSpec, load_prices
+from pennyweight.recipe.prices import ApiPrice, Ceilings, Owned, Prices, PriceSpec, load_prices
 from pennyweight.recipe.schema import WORKLOADS, Base, Benchmark, DataSource, LeverName, Recipe, RuntimeName, Slo
 from pennyweight.recipe.steps import (
     ACTIVATIONS,
@@ -32,6 +32,7 @@ __all__ = [
     "Benchmark",
     "Budget",
     "Calibration",
+    "Ceilings",
     "DataSource",
     "LeverName",
     "Owned",

@@ -110,6 +110,16 @@ class PriceSpec(Terms):
         return self
 
 
+class Ceilings(Section):
+    """What one machine can do at most, by its data sheet, without sparsity. One GPU, or the whole CPU."""
+
+    read_gb_per_s: Dollars
+    tflops_fp32: Dollars
+    tflops_bf16: Dollars
+    tops_int8: Dollars | None = None
+    source: str
+
+
 class SheetEntry(Terms):
     """A machine of the sheet. `on_demand` and `spot` are dollars an hour; restarts are counted for spot alone."""
 
@@ -123,6 +133,8 @@ class SheetEntry(Terms):
     vcpus: int | None = Field(None, ge=1)
     memory_gib: Dollars | None = None
     gpu: str | None = None
+    ceilings: Ceilings | None = None
+    """Of an instance that serves one model with one GPU, or with its CPU."""
 
     @model_validator(mode="after")
     def _bought_in_one_way(self) -> SheetEntry:
@@ -207,6 +219,8 @@ class Prices:
 
     machines: dict[str, PriceSpec]
     apis: dict[str, ApiPrice]
+    ceilings: dict[str, Ceilings]
+    """Of the machines whose data sheets are known; `NAME:spot` has those of `NAME`."""
 
 
 def load_prices(path: Path | None = None) -> Prices:
@@ -218,11 +232,13 @@ def load_prices(path: Path | None = None) -> Prices:
         path = Path(os.environ[VARIABLE])
     machines: dict[str, PriceSpec] = {}
     apis: dict[str, ApiPrice] = {}
+    ceilings: dict[str, Ceilings] = {}
     for file in [shipped.price_sheet(), *([path] if path else [])]:
         sheet = _read(file)
         machines |= sheet.machines()
         apis |= sheet.priced_apis()
-    return Prices(machines, apis)
+        ceilings |= {name: entry.ceilings for name, entry in sheet.prices.items() if entry.ceilings}
+    return Prices(machines, apis, ceilings | {f"{name}:spot": found for name, found in ceilings.items()})
 
 
 def _read(path: Path) -> PriceSheet:
