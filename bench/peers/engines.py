@@ -47,7 +47,7 @@ from pennyweight.records import Candidate
 from pennyweight.runtimes.openvino import MODEL
 from pennyweight.store import Store
 
-RECIPE, FOUR_BITS = "smollm2-135m-cpu", "int4-rtn"
+RECIPE, FOUR_BITS = "smollm2-135m-methods-cpu", "int4-rtn"
 REFERENCE = "transformers generate"
 
 

@@ -85,14 +85,14 @@ class Efficiency:
 #: (runtime, what it multiplies in) → its efficiency; `integers` are rated against float32, float16 against bfloat16.
 EFFICIENCY = {
     ("transformers", "float32"): Efficiency(0.60, 0.60, 0.58, 0.80, 9.0e-4),
-    ("transformers", "bfloat16"): Efficiency(0.40, 0.30, 0.15, 0.60, 1.4e-3),
+    ("transformers", "bfloat16"): Efficiency(0.40, 0.50, 0.25, 0.60, 1.4e-3),
     ("transformers", "float16"): Efficiency(0.30, 0.30, 0.15, 0.60, 1.4e-3),
     ("onnxruntime", "float32"): Efficiency(0.70, 0.45, 0.42, 0.58, 1.0e-4),
     ("onnxruntime", "float16"): Efficiency(0.40, 0.30, 0.15, 0.58, 1.0e-4),
     ("onnxruntime", "integers"): Efficiency(0.80, 0.50, 0.40, 0.42, 1.0e-4),
     ("openvino", "float32"): Efficiency(0.75, 0.60, 0.60, 0.70, 1.0e-4),
-    ("openvino", "bfloat16"): Efficiency(0.45, 0.35, 0.25, 0.70, 1.0e-4),
-    ("openvino", "integers"): Efficiency(0.80, 0.70, 0.70, 0.55, 1.0e-4),
+    ("openvino", "bfloat16"): Efficiency(0.45, 0.95, 0.85, 0.60, 1.0e-4),
+    ("openvino", "integers"): Efficiency(1.00, 1.50, 1.30, 0.60, 1.0e-4),
 }
 
 #: Task → (items, requests an item, tokens a request), counted on the shipped data with a 49,152-word vocabulary.
