@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from test_roofline import CEILINGS, TOY, point
 
-from pennyweight.benchmark import elsewhere, roofline
+from pennyweight.benchmark import elsewhere
+from pennyweight.benchmark.roofline import wave
 from pennyweight.errors import UsageError
 from pennyweight.recipe import Prices, load_prices
 from pennyweight.records import CandidateResult, CostReport, RecipeRef, RunRecord, Verdict
@@ -48,7 +49,7 @@ def test_the_share_realized_here_is_taken_to_be_realized_there(record: RunRecord
     usd_per_second, tokens = load_prices().machines[NAME].usd_per_hour / 3600, 2 * 15
     assert found.usd_per_1m_tokens == pytest.approx(1e6 * usd_per_second * seconds / tokens)
     assert found.output_tokens_per_second == pytest.approx(2 * 5 / seconds)
-    least = sum(phase.seconds for phase in roofline.wave(TOY, CEILINGS, 2, 10, 5)) / times
+    least = sum(phase.seconds for phase in wave(TOY, CEILINGS, 2, 10, 5)) / times
     assert found.usd_per_1m_tokens_at_best == pytest.approx(1e6 * usd_per_second * least / tokens)
     assert (found.kind, found.usd_per_1m_tokens_here) == ("projected", 1)
 

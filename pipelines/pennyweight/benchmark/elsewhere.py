@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from pennyweight.benchmark import cost, roofline
+from pennyweight.benchmark import cost
 from pennyweight.benchmark.prices import price_of
-from pennyweight.benchmark.work import work_of
+from pennyweight.benchmark.roofline import Least, wave
+from pennyweight.benchmark.work import Work, work_of
 from pennyweight.errors import UsageError, did_you_mean
 from pennyweight.recipe import Ceilings, Prices
 from pennyweight.records import CostPoint, Measured, Price, Record, RunRecord
@@ -72,8 +73,8 @@ def project(record: RunRecord, machines: Sequence[str], prices: Prices) -> list[
     return found
 
 
-def _wave(work: roofline.Work, ceilings: Measured, point: CostPoint) -> list[roofline.Least]:
-    return roofline.wave(work, ceilings, point.concurrency, point.input_tokens, point.output_tokens)
+def _wave(work: Work, ceilings: Measured, point: CostPoint) -> list[Least]:
+    return wave(work, ceilings, point.concurrency, point.input_tokens, point.output_tokens)
 
 
 def _seconds(point: CostPoint) -> float:
