@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -42,11 +43,14 @@ def test_a_drift_that_hits_both_alike_changes_nothing() -> None:
     assert drifting.model_dump() == pytest.approx(steady.model_dump())
 
 
-def test_turns_reverse_from_round_to_round_and_each_candidate_has_equally_many() -> None:
+def test_turns_are_balanced_and_each_candidate_has_equally_many() -> None:
     settings = load_recipe("smollm2-135m-cpu").benchmark
     order = list(turns(settings, ["a", "b", "c"]))
     at_one = [(number, name) for concurrency, number, name in order if concurrency == 1]
-    assert [name for _, name in at_one[:9]] == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
+    assert "".join(name for _, name in at_one[:21]) == "abc" + "abccbacbaabc" + "abccba"  # the first three warm up
+    ends = ["".join(name for number, name in at_one if number == one) for one in range(8)]
+    # A round begins with the candidate that ended the one before every other time only.
+    assert [one[-1] == two[0] for one, two in pairwise(ends)] == [True, False, True, False, True, False, True]
     for concurrency in settings.concurrency:
         names = [name for at, number, name in order if at == concurrency and number >= 0]
         assert {names.count(name) for name in "abc"} == {rounds_at(settings, concurrency)}

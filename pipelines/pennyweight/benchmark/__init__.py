@@ -27,7 +27,7 @@ MAX_AGE_DAYS = 7
 RESIDENT_SHARE = 0.5
 #: Loaded size over size on disk: both engines of a runtime, activations and caches.
 LOADED_OVER_DISK = 3.0
-ORDER = "every candidate once a round; the order is reversed from round to round"
+ORDER = "every candidate once a round, forwards, backwards, backwards, forwards, and so on"
 
 
 @dataclass
@@ -88,10 +88,15 @@ def rounds_at(settings: Benchmark, concurrency: int) -> int:
 
 
 def turns(settings: Benchmark, ids: list[str]) -> Iterator[tuple[int, int, str]]:
-    """(concurrency, round, candidate id), in the order that they run in; round −1 warms up."""
+    """(concurrency, round, candidate id), in the order that they run in; round −1 warms up.
+
+    Each candidate is as often early in a round as late, so a machine that slows down is no candidate's fault. Were the
+    order reversed in every round, the last of one would be the first of the next: what slows the machine for a moment
+    would hit it twice, and the rounds would not be independent, as the interval takes them for.
+    """
     for concurrency in settings.concurrency:
         for number in range(-1, rounds_at(settings, concurrency)):
-            for name in ids if number % 2 else reversed(ids):
+            for name in reversed(ids) if number % 4 in (1, 2) else ids:
                 yield concurrency, number, name
 
 
