@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 from quantized import make
@@ -84,6 +85,18 @@ def test_what_is_cancelled_leaves_nothing_behind(session: Session) -> None:
     session.step()
     session.cancel()
     assert drain(session, [session.submit(ids, 4)]) == [alone]
+
+
+def test_onnxruntime_generates_on_all_threads(tiny_model: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = stages.export_alone(checkpoints.describe(tiny_model, "test"), "onnxruntime", "cpu", Store(store))
+    began = {}
+    for threads in (1, 4):
+        monkeypatch.setenv("PENNYWEIGHT_THREADS", str(threads))
+        loaded, before = runtimes.get("onnxruntime").load(candidate, "cpu"), psutil.Process().num_threads()
+        loaded.generate(prompts()[0][None], 2)
+        began[threads] = psutil.Process().num_threads() - before
+        loaded.close()
+    assert began[4] - began[1] == 3
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pennyweight.recipe import Benchmark
 from pennyweight.records import BenchmarkReport, Candidate, CostPoint, CostReport, Measured, Percentiles, Price
 from pennyweight.runtimes import Generation, Session
 
-VERSION = 2
+VERSION = 3
 #: A result older than this is measured again: machines change, and so do their neighbours.
 MAX_AGE_DAYS = 7
 #: Of the memory that is free, how much all candidates together may take to stay loaded between their turns.

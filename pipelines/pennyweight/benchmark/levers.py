@@ -21,7 +21,7 @@ def measure(
     candidate: Candidate, settings: Benchmark, prompts: np.ndarray, device: str,
     progress: Callable[[str, float], None], draft: Candidate | None = None,
 ) -> list[LeverReport]:  # fmt: skip
-    """Try each of `settings.levers` at `decide_at`, `decide_rounds` times off and on, the order reversed every time.
+    """Try each of `settings.levers` at `decide_at`, `decide_rounds` times off and on.
 
     `prompts`: token ids of real text, int64 (requests, input tokens). A lever that the candidate's runtime has not, or
     that fails, is reported as such. `draft` proposes tokens under the lever `draft`.
@@ -61,13 +61,13 @@ def _try(
 def _seconds(
     sessions: dict[str, Session], settings: Benchmark, prompts: np.ndarray, tell: Callable[[float], None]
 ) -> dict[str, list[float]]:
-    """Seconds of every round's wave, by session. The first round warms up."""
+    """Seconds of every round's wave, by session, in the order of the benchmark's turns. The first round warms up."""
     taken: dict[str, list[float]] = {name: [] for name in sessions}
     rounds = settings.decide_rounds
     for number in range(rounds + 1):
         tell(number / (rounds + 1))
         ids = prompts_of_round(prompts[: settings.decide_at], number, settings.workload.shared_prefix)
-        for name in sorted(sessions, reverse=bool(number % 2)):
+        for name in sorted(sessions, reverse=number % 4 in (1, 2)):
             wave = sessions[name].generate(ids, settings.workload.output_tokens)
             if number:
                 taken[name].append(wave.ttft + sum(wave.steps))

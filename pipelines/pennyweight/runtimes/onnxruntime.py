@@ -295,7 +295,11 @@ class OnnxSession(Waves):
 
         if self._generator is None:
             og.disable_telemetry_events()
-            self._generator = og.Model(str(self._folder))
+            config = og.Config(str(self._folder))
+            # Left alone it generates on one thread.
+            options = {"intra_op_num_threads": machine.threads()}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self._generator = og.Model(config)
         return self._generator
 
 
