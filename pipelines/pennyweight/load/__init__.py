@@ -1,5 +1,5 @@
-"""Requests to a server from outside, and what they took: the load generator behind `pennyweight bench`.
+"""Requests to a server from outside, or to a model in this process, and what they took: what `pennyweight bench` does.
 
-A `Target` serves one request at a time to its caller; `driver` keeps many of them in flight. Everything later works on
-the list of `Served` that came back.
+A `Place` is where they are served: it connects to a `Target`, which serves one request at a time to its caller.
+`driver` keeps many of them in flight. Everything later works on the list of `Served` that came back.
 """

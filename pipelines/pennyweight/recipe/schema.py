@@ -56,6 +56,7 @@ WORKLOADS = {
     "chat-short": {"input_tokens": 64, "output_tokens": 32},
     "summarize": {"input_tokens": 1024, "output_tokens": 64},
     "code": {"input_tokens": 512, "output_tokens": 256},
+    "batch": {"input_tokens": 512, "output_tokens": 32},
 }
 
 
@@ -66,7 +67,7 @@ class Slo(Section):
 
 class Benchmark(Section):
     workload: Workload
-    """A named shape (chat, chat-short, summarize, code), or `{input_tokens, output_tokens}`."""
+    """A named shape (chat, chat-short, summarize, code, batch), or `{input_tokens, output_tokens}`."""
     concurrency: list[Annotated[int, Field(ge=1)]] = Field(min_length=1)
     """Requests in flight at once."""
     decide_at: int
