@@ -17,10 +17,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 
-from pennyweight import benchmark
+from pennyweight import benchmark, machine
 from pennyweight.benchmark import cost
 from pennyweight.recipe import Benchmark
 
@@ -250,7 +251,8 @@ def real(repeats: int, model: Path | None, seed: int) -> None:
 
     logging.disable_progress_bar()
 
-    with tempfile.TemporaryDirectory() as folder, noise():
+    ceilings = machine.ceilings()
+    with tempfile.TemporaryDirectory() as folder, noise(), patch.object(machine, "ceilings", lambda **_: ceilings):
         path = str(model or tiny_model(Path(folder)))
         checkpoint = Checkpoint(
             path=path, digest="", bytes=1, weight_bytes=1, format="safetensors", dtype="float32", parameters=0,
