@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from pennyweight import benchmark, machine
+from pennyweight import benchmark
 from pennyweight.benchmark import cost
 from pennyweight.recipe import Benchmark
 
@@ -251,8 +251,12 @@ def real(repeats: int, model: Path | None, seed: int) -> None:
 
     logging.disable_progress_bar()
 
-    ceilings = machine.ceilings()
-    with tempfile.TemporaryDirectory() as folder, noise(), patch.object(machine, "ceilings", lambda **_: ceilings):
+    ceilings = benchmark.machine.ceilings()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        noise(),
+        patch.object(benchmark.machine, "ceilings", lambda **_: ceilings),
+    ):
         path = str(model or tiny_model(Path(folder)))
         checkpoint = Checkpoint(
             path=path, digest="", bytes=1, weight_bytes=1, format="safetensors", dtype="float32", parameters=0,
