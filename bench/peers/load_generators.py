@@ -185,7 +185,8 @@ def written_texts(store: Store, scratch: Path, options: Any) -> Iterator[tuple[P
         cut = Prompts(read_texts(text))
         with prompts.open("w") as stream:
             for _ in range(options.requests):
-                row = {"prompt": cut.cut(options.input_tokens), "output_tokens_count": options.output_tokens}
+                asked = cut.ask(options.input_tokens, options.output_tokens)
+                row = {"prompt": asked.prompt, "output_tokens_count": asked.output_tokens}
                 stream.write(json.dumps(row) + "\n")
         yield text, prompts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from pennyweight.benchmark.cost import paired_saving
+from pennyweight.benchmark.cost import log_ratios, saving_of
 from pennyweight.records import Interval
 
 CONFIDENCE = 0.95
@@ -31,7 +31,7 @@ def mean(values: Sequence[float]) -> Interval:
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """ours/theirs, turn by turn: the geometric mean, with Student's interval on the logarithms."""
-    saving = paired_saving(list(ours), list(theirs), CONFIDENCE)
+    saving = saving_of(log_ratios(list(ours), list(theirs)), CONFIDENCE)
     return Interval(value=1 - saving.value, low=1 - saving.high, high=1 - saving.low)
 
 

@@ -314,14 +314,12 @@ def _blank_record(recipe: Recipe, recipe_path: Path, folder: Path) -> RunRecord:
 
 def _notes(recipe: Recipe, benchmark: BenchmarkReport) -> list[str]:
     price = benchmark.price
-    parts = "".join(f"; {part}" for part in price.parts())
+    elsewhere = ", which need not be that instance" if price.is_of_the_market else ""
     notes = [
-        f"Priced as {price.name} ({price.purchase}, ${price.usd_per_hour:g} an hour; {price.source}, "
-        f"{price.date or 'undated'}{parts}). Speed was measured on the machine that ran this recipe, which is not that "
-        "instance.",
+        f"Priced as {price.words()}. Speed was measured on the machine that ran this recipe{elsewhere}.",
         "Dollars per million tokens count input and output tokens together, at the workload's mix of "
         f"{recipe.benchmark.workload.input_tokens} in and {recipe.benchmark.workload.output_tokens} out.",
-        "Each concurrency was measured as waves: all requests start together and are batched statically.",
+        "Each concurrency was measured as waves: all requests start together, and the next wave when all have ended.",
     ]
     if re.search(r"Q4_1\.gguf", recipe.base.uri):
         notes.append(

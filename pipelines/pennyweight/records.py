@@ -243,6 +243,16 @@ class Price(Record):
             return {"usd_per_busy_hour": value["usd_per_hour"], **value}
         return value
 
+    def words(self) -> str:
+        """The price of an hour, where it is written, and what makes it that of a token."""
+        origin = f"{self.name}, {self.purchase}, ${self.usd_per_hour:.6g} an hour"
+        return "; ".join([f"{origin} ({self.source}, {self.date or 'undated'})", *self.parts()])
+
+    @property
+    def is_of_the_market(self) -> bool:
+        """It is that of an instance for hire, which this machine need not be."""
+        return self.purchase in ("on demand", "spot")
+
     def parts(self) -> list[str]:
         """What stands between the price of an hour and that of a token, in words; empty where nothing does."""
         words = [f"{self.overhead:.2%} of the time lost to restarts"] if self.overhead else []

@@ -702,3 +702,13 @@ def test_format_bytes(size: int | None, shown: str) -> None:
 )
 def test_format_seconds(seconds: float | None, shown: str) -> None:
     assert plan.format_seconds(seconds) == shown
+
+
+def test_a_lever_that_no_engine_of_the_variants_has(calm: Store) -> None:
+    settings = recipe().dump()["benchmark"] | {"levers": ["prefix_caching"]}
+    made = make_plan(recipe(benchmark=settings), calm)
+    assert problems(made) == [("benchmark.levers.0", "onnxruntime has no prefix_caching")]
+    runtimes = {"base": ["transformers"], "variants": ["onnxruntime", "openvino"]}
+    made = make_plan(recipe(benchmark=settings, runtimes=runtimes), calm)
+    assert made.problems == []
+    assert made.expected_seconds("levers", "the winner") > 0

@@ -18,7 +18,7 @@ from pennyweight.benchmark.roofline import roofline
 from pennyweight.benchmark.work import Work, work_of
 from pennyweight.recipe import Benchmark
 from pennyweight.records import BenchmarkReport, Candidate, CostPoint, CostReport, Measured, Percentiles, Price
-from pennyweight.runtimes import Generation, Session
+from pennyweight.runtimes import Session
 
 VERSION = 3
 #: A result older than this is measured again: machines change, and so do their neighbours.
@@ -96,8 +96,13 @@ def turns(settings: Benchmark, ids: list[str]) -> Iterator[tuple[int, int, str]]
     """
     for concurrency in settings.concurrency:
         for number in range(-1, rounds_at(settings, concurrency)):
-            for name in reversed(ids) if number % 4 in (1, 2) else ids:
+            for name in in_turn(ids, number):
                 yield concurrency, number, name
+
+
+def in_turn(names: list[str], number: int) -> list[str]:
+    """The order of round `number`: forwards, backwards, backwards, forwards."""
+    return names[::-1] if number % 4 in (1, 2) else names
 
 
 def _measure(
@@ -129,13 +134,9 @@ def _measure(
                 measured.failures[name] = f"{type(error).__name__}: {error}"
                 continue
             waves = measured.waves.setdefault((name, concurrency), [])
-            waves.append(_wave(number, generation, meter.joules))
+            waves.append(Wave(number, generation.ttft, generation.steps, meter.joules))
         measured.memory = sessions.most
     return measured
-
-
-def _wave(number: int, generation: Generation, joules: float | None) -> Wave:
-    return Wave(number, generation.ttft, generation.steps, joules)
 
 
 class _Sessions:

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from pennyweight.benchmark import cost
 from pennyweight.benchmark.prices import price_of
-from pennyweight.benchmark.roofline import Least, wave
+from pennyweight.benchmark.roofline import Least, wave, wave_seconds
 from pennyweight.benchmark.work import Work, work_of
-from pennyweight.errors import UsageError, did_you_mean
+from pennyweight.errors import PennyweightError, UsageError, did_you_mean
 from pennyweight.recipe import Ceilings, Prices
-from pennyweight.records import CostPoint, Measured, Price, Record, RunRecord
+from pennyweight.records import Candidate, CostPoint, Measured, Price, Record, RunRecord
 
 
 class Projection(Record):
@@ -48,13 +48,13 @@ def project(record: RunRecord, machines: Sequence[str], prices: Prices) -> list[
         raise UsageError("the run measured no ceilings of its machine", "run the recipe again")
     found = []
     for result in record.candidates:
-        work = work_of(result.candidate) if result.candidate and result.cost else None
+        work = _work_of(result.candidate) if result.candidate and result.cost else None
         for point in result.cost.points if work and result.cost else []:
             least = sum(phase.seconds for phase in _wave(work, here, point))
             for name in machines:
                 there = _measured(prices.ceilings[name])
                 best = sum(phase.seconds for phase in _wave(work, there, point))
-                share = least / _seconds(point)
+                share = least / wave_seconds(point)
                 price = price_of(prices.machines[name])
                 found.append(
                     Projection(
@@ -73,12 +73,15 @@ def project(record: RunRecord, machines: Sequence[str], prices: Prices) -> list[
     return found
 
 
+def _work_of(candidate: Candidate) -> Work | None:
+    try:
+        return work_of(candidate)
+    except (OSError, PennyweightError) as error:
+        raise UsageError(f"the files of {candidate.id} cannot be read: {error}", "run the recipe again") from None
+
+
 def _wave(work: Work, ceilings: Measured, point: CostPoint) -> list[Least]:
     return wave(work, ceilings, point.concurrency, point.input_tokens, point.output_tokens)
-
-
-def _seconds(point: CostPoint) -> float:
-    return point.concurrency * point.output_tokens / point.output_tokens_per_second
 
 
 def _usd(price: Price, point: CostPoint, seconds: float) -> float:

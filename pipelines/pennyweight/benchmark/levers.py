@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 import numpy as np
 
 from pennyweight import runtimes
-from pennyweight.benchmark import cost
+from pennyweight.benchmark import cost, in_turn
 from pennyweight.recipe import Benchmark, LeverName
 from pennyweight.records import Candidate, LeverReport
 from pennyweight.runtimes import Session
@@ -45,6 +45,8 @@ def _try(
     report = LeverReport(lever=lever, candidate=candidate.id, concurrency=settings.decide_at)
     if lever not in kind.levers:
         return report.model_copy(update={"reason": f"{candidate.runtime} does not have it"})
+    if lever == "draft" and draft is None:
+        return report.model_copy(update={"reason": "the variant that drafts was not made for this runtime"})
     try:
         with ExitStack() as stack:
             off = stack.enter_context(closing(kind.load(candidate, device)))
@@ -61,15 +63,15 @@ def _try(
 def _seconds(
     sessions: dict[str, Session], settings: Benchmark, prompts: np.ndarray, tell: Callable[[float], None]
 ) -> dict[str, list[float]]:
-    """Seconds of every round's wave, by session, in the order of the benchmark's turns. The first round warms up."""
+    """Seconds of every round's wave, by session, in the order of the benchmark's turns. Round −1 warms up."""
     taken: dict[str, list[float]] = {name: [] for name in sessions}
     rounds = settings.decide_rounds
-    for number in range(rounds + 1):
-        tell(number / (rounds + 1))
+    for number in range(-1, rounds):
+        tell((number + 1) / (rounds + 1))
         ids = prompts_of_round(prompts[: settings.decide_at], number, settings.workload.shared_prefix)
-        for name in sorted(sessions, reverse=number % 4 in (1, 2)):
+        for name in in_turn(list(sessions), number):
             wave = sessions[name].generate(ids, settings.workload.output_tokens)
-            if number:
+            if number >= 0:
                 taken[name].append(wave.ttft + sum(wave.steps))
     return taken
 

@@ -96,14 +96,14 @@ def roofline(work: Work, ceilings: Measured, point: CostPoint, base: CostPoint |
     operations += sum(work.step_operations(requests, cached) for cached in lengths)
     fastest = peak(ceilings, work.dtype, work.integers)
 
-    largest = None if base is None else 1 - least / _wave_seconds(base)
+    largest = None if base is None else 1 - least / wave_seconds(base)
     saving = point.saving.value if point.saving else None
     return Roofline(
         best_output_tokens_per_second=best,
         bound="memory" if on_memory >= least / 2 else "compute",
         realized=point.output_tokens_per_second / best,
         mbu=step_reading / step_seconds,
-        mfu=operations / _wave_seconds(point) / fastest,
+        mfu=operations / wave_seconds(point) / fastest,
         largest_saving=largest,
         saving_realized=saving / largest if saving and largest and min(saving, largest) > 0 else None,
         prefill_seconds=reading.seconds,
@@ -115,6 +115,6 @@ def roofline(work: Work, ceilings: Measured, point: CostPoint, base: CostPoint |
     )
 
 
-def _wave_seconds(point: CostPoint) -> float:
+def wave_seconds(point: CostPoint) -> float:
     """Measured seconds of one wave, on average."""
     return point.concurrency * point.output_tokens / point.output_tokens_per_second

@@ -67,7 +67,10 @@ def work_of(candidate: Candidate) -> Work | None:
     config = checkpoints.read_config(Path(candidate.checkpoint.path))
     if candidate.dtype not in ITEMSIZE or not _is_plain(config):
         return None
-    shape = model_shape(config, candidate.checkpoint.dtype)
+    try:
+        shape = model_shape(config, candidate.checkpoint.dtype)
+    except (AttributeError, KeyError, TypeError, ValueError):  # no decoder that the plan knows
+        return None
     kind = runtimes.get(candidate.runtime)
     streamed = kind.streamed_bytes
     head = shape.head[0] * shape.head[1]

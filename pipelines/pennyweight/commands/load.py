@@ -30,7 +30,12 @@ def prices_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--trace", type=click.Path(path_type=Path), help="Replay arrivals and lengths: JSONL or CSV.")
 @click.option("--trace-speed", type=float, default=1.0, help="So many times as fast.")
 @click.option("--trace-length", type=float, default=1.0, help="So many times as long.")
-@click.option("--knee", type=int, metavar="USERS", help="Find the cheapest load that meets --slo, up to so many users.")
+@click.option(
+    "--knee",
+    type=click.IntRange(1),
+    metavar="USERS",
+    help="Find the cheapest load that meets --slo, up to so many users.",
+)
 @click.option("--workload", default="chat", show_default=True, help="A named shape, or tokens IN:OUT, as 512~0.5:128.")
 @click.option("--requests", type=click.IntRange(1), help="End a load after so many.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End a load after so long.")
@@ -105,6 +110,13 @@ def cost(
     from pennyweight.recipe import load_prices
     from pennyweight.store import Store
 
+    of_a_run = len(sources) == 1 and of_run.is_run(sources[0])
+    if (users or again or elsewhere) and not of_a_run:
+        raise UsageError("--users, --again and --elsewhere are for one run", "name its folder, as runs/latest")
+    if elsewhere and (price or api or mix or users or again):
+        raise UsageError("--elsewhere projects what the run measured", "leave the other options out")
+    if mix and not api:
+        raise UsageError("--mix says which requests an API is compared at", "add --api NAME")
     sheet = load_prices(prices)
     offer = command.parse_api_price(api, sheet) if api else None
     machine = command.parse_price(price, sheet) if price else None
@@ -115,8 +127,8 @@ def cost(
         return card_.break_even(card, asked.input.mean, asked.output.mean, offer.input, offer.output) if offer else None
 
     if elsewhere:
-        return _project(sources, elsewhere, sheet, as_json)
-    if len(sources) == 1 and of_run.is_run(sources[0]):
+        return _project(sources[0], elsewhere, sheet, as_json)
+    if of_a_run:
         found = of_run.measure(sources[0], users, machine, again, Store(), say)
         verdicts = [item.card and pays(item.card, of_run.mix_of(sources[0])) for item in found]
         if as_json:
@@ -140,14 +152,17 @@ def cost(
     return 0
 
 
-def _project(sources: tuple[str, ...], elsewhere: tuple[str, ...], sheet: Prices, as_json: bool) -> int:
+def _project(source: str, elsewhere: tuple[str, ...], sheet: Prices, as_json: bool) -> int:
     from pennyweight.benchmark.elsewhere import project
+    from pennyweight.compare import find
     from pennyweight.load.command import format_projections
     from pennyweight.show import load_run
 
-    if len(sources) > 1:
-        raise UsageError("--elsewhere projects one run", "name its folder alone")
-    found = project(load_run(Path(sources[0])), elsewhere, sheet)
+    folder, separator, name = source.partition(":")
+    record = load_run(Path(folder))
+    found = project(record, elsewhere, sheet)
+    if separator:
+        found = [item for item in found if item.candidate == find(record, name).id]
     if as_json:
         print_json([projection.model_dump(mode="json") for projection in found])
     else:

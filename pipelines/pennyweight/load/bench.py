@@ -73,6 +73,7 @@ class BenchReport(Record):
     prompts: str = Field(description="what a prompt's length was counted in")
     slo: Slo | None
     price: Price | None
+    knee_up_to: int | None = Field(None, description="users that the knee was looked for at, at most")
     loads: list[LoadReport]
     knee: Knee | None
     started_at: str
@@ -126,6 +127,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Measured:
         prompts="tokens" if settings.tokenizer else "words, at 0.75 a token; counts are the server's own",
         slo=settings.slo,
         price=settings.price,
+        knee_up_to=settings.knee_up_to,
         loads=reports,
         knee=knee,
         started_at=started.isoformat(timespec="seconds"),

@@ -241,7 +241,10 @@ def _tokenizer(name: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UsageError(f"no tokenizer {name!r}: {str(error).splitlines()[0]}", "name a model's folder") from None
+        raise UsageError(
+            f"no tokenizer {name!r}: {next(iter(str(error).splitlines()), type(error).__name__)}",
+            "name a model's folder",
+        ) from None
 
 
 def write_files(measured: Measured, csv_path: Path | None, vllm_path: Path | None, tokenizer: str | None) -> None:
@@ -284,7 +287,7 @@ def format_bench(report: BenchReport) -> str:
     if report.interrupted:
         lines.append("stopped: what was measured until then stands above")
     if report.price:
-        lines.append(f"priced as {_hour(report.price)}")
+        lines.append(f"priced as {report.price.words()}")
     lines.append(f"the load generator used {report.client_cpu_share:.1%} of a core")
     return "\n".join(lines)
 
@@ -372,7 +375,7 @@ def format_card(card: PriceCard, pays: BreakEven | None, api: ApiPrice | None) -
         f"a million input tokens   ${into.value:.4g}  (${into.low:.4g} to ${into.high:.4g})",
         f"a million output tokens  ${out.value:.4g}  (${out.low:.4g} to ${out.high:.4g})",
         f"an idle hour             ${card.usd_per_idle_hour:.4g}{idle}",
-        f"an hour                  {_hour(card.price)}",
+        f"an hour                  {card.price.words()}",
         "",
     ]
     rows = [["tokens in", "out", "load", "s a request", "card says", "fitted without it"]]
@@ -423,11 +426,6 @@ def format_projections(found: list[Projection]) -> str:
             f"Ceilings: {'; '.join(sources)}.",
         ]
     )
-
-
-def _hour(price: Price) -> str:
-    origin = f"{price.name}, {price.purchase}, ${price.usd_per_hour:.6g} ({price.source}, {price.date or 'undated'})"
-    return "; ".join([origin, *price.parts()])
 
 
 def _api(api: ApiPrice) -> str:

@@ -140,7 +140,7 @@ def check_room(limits: Limits, weights: int, free: int, demand: Demand) -> int:
     each = 2 * limits.token_bytes * (into + out) + limits.prompt_bytes * into
     fit = int((SHARE * free - weights) // each)
     if fit >= (demand.users or 1):
-        return min(fit, MOST_AT_ONCE)
+        return min(fit, max(MOST_AT_ONCE, demand.users or 0))
     users = demand.users or 1
     raise UsageError(
         f"{users} request{'s' if users > 1 else ''} at once with {into:.0f} tokens in and {out:.0f} out need about "
@@ -250,7 +250,10 @@ def _folder(folder: Path, target: str, store: Store) -> Model:
 
 
 def _gguf(file: Path, target: str) -> Model:
-    reason, untried = engines.openvino_misreads(file)
+    try:
+        reason, untried = engines.openvino_misreads(file)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise SourceError(f"{target} cannot be read as a GGUF file: {error}") from error
     if reason:
         raise UsageError(
             f"{target} is a GGUF file that OpenVINO GenAI cannot be trusted with: {reason}",
@@ -290,7 +293,7 @@ def load_tokenizer(model: Model) -> Any:
         try:
             return AutoTokenizer.from_pretrained(file.parent, **where)
         except Exception as error:  # readers raise whatever a file makes them trip over
-            reasons.append(f"{str(error).splitlines()[0]}")
+            reasons.append(next(iter(str(error).splitlines()), type(error).__name__))
     raise UsageError(
         f"{model.name} has no tokenizer that can be read: {'; '.join(reasons)}", "name one: --tokenizer FOLDER"
     )

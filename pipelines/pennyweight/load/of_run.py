@@ -11,12 +11,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pennyweight import compare, datasets
+from pennyweight import benchmark, compare, datasets, machine, runtimes
 from pennyweight.errors import StoreError, UsageError
 from pennyweight.load import bench, card
 from pennyweight.load.bench import BenchReport, Load, Settings
 from pennyweight.load.command import Options, prepare, read_report
 from pennyweight.load.knee import Knee
+from pennyweight.load.report import priced
 from pennyweight.load.workload import Lengths, Shape
 from pennyweight.recipe import Recipe, Slo
 from pennyweight.records import Price, Record, RunRecord
@@ -26,7 +27,7 @@ from pennyweight.store import Store
 #: Where a run keeps its reports, one for each candidate and mix.
 FOLDER = "cost"
 #: A report older than this is measured again.
-MAX_AGE = timedelta(days=7)
+MAX_AGE = timedelta(days=benchmark.MAX_AGE_DAYS)
 #: Mixes of a card, as factors on the workload's tokens in and out: its own, more to read, more to write, both.
 MIXES = ((1.0, 1.0), (2.0, 0.25), (0.25, 2.0), (1.0, 2.0))
 SHORTEST = 2
@@ -40,7 +41,7 @@ class CandidateCost(Record):
         description="requests in flight at which its tokens are cheapest; None: nothing meets the SLO"
     )
     knee: Knee | None = Field(description="None where the run's recipe has no SLO")
-    card: card.PriceCard | None
+    card: card.PriceCard | None = Field(description="None where no load, or fewer than three mixes, could be measured")
     reports: list[BenchReport]
 
 
@@ -91,12 +92,14 @@ def _measure(
         def report_of(shape: Shape, loads: tuple[Load, ...], knee_up_to: int | None) -> BenchReport:
             nonlocal settings
             file = folder / f"{shape.input.mean}-{shape.output.mean}.json"
-            if not again and (kept := _kept(file, loads, knee_up_to)):
-                return kept
+            if not again and (kept := _kept(file, loads, knee_up_to, slo)):
+                return kept if price is None else _priced(kept, price)
             if settings is None:
-                longest = max((own, *others), key=lambda mix: mix.input.mean + mix.output.mean)
-                target = Options(f"{record.run_dir}:{name}", workload=_text(longest), concurrency=(most,))
-                settings = prepare(target, store, stack, say, _texts(record, store))
+                target = Options(f"{record.run_dir}:{name}", workload=_text(own), concurrency=(most,))
+                try:
+                    settings = prepare(target, store, stack, say, _texts(record, store))
+                except UsageError as error:
+                    raise UsageError(f"{name}: {error.message}", "say how many --users") from None
             say(f"{name}: {shape}, {'the knee' if knee_up_to else ', '.join(map(str, loads))}")
             asked = replace(settings, shape=shape, loads=loads, knee_up_to=knee_up_to, slo=slo, price=price)
             found = bench.run(asked, say).report
@@ -109,8 +112,9 @@ def _measure(
         first = report_of(own, () if slo else loads, most if slo else None)
         reports, users = [first], _users(first)
         if users is not None:
-            reports += [report_of(shape, (Load(users),), None) for shape in others]
-    fitted = None if users is None else card.fit([_at(report, users) for report in reports], price)
+            reports += [report_of(shape, (Load(users),), None) for shape in others if _fits(shape, record, name)]
+    enough = users is not None and len(reports) >= card.FEWEST_MIXES
+    fitted = card.fit([_at(report, users) for report in reports], price) if users and enough else None
     return CandidateCost(candidate=name, users=users, knee=first.knee, card=fitted, reports=reports)
 
 
@@ -132,6 +136,13 @@ def _shapes(into: int, out: int) -> list[Shape]:
     ]
 
 
+def _fits(shape: Shape, record: RunRecord, name: str) -> bool:
+    """Whether the model's context holds such a request."""
+    candidate = compare.find(record, name).candidate
+    context = runtimes.get(candidate.runtime).limits(candidate).context if candidate else None
+    return context is None or shape.input.mean + shape.output.mean <= context
+
+
 def _text(shape: Shape) -> str:
     return f"{shape.input.mean}:{shape.output.mean}"
 
@@ -149,15 +160,27 @@ def _at(report: BenchReport, users: int) -> BenchReport:
     return report.model_copy(update={"loads": [load for load in every if load.concurrency == users], "knee": None})
 
 
-def _kept(file: Path, loads: tuple[Load, ...], knee_up_to: int | None) -> BenchReport | None:
-    """A report of these loads that is not too old."""
+def _kept(file: Path, loads: tuple[Load, ...], knee_up_to: int | None, slo: Slo | None) -> BenchReport | None:
+    """A report of just these loads on this machine that is not too old."""
     if not file.is_file():
         return None
     found = read_report(file)
     young = datetime.now(UTC) - datetime.fromisoformat(found.started_at) < MAX_AGE
-    measured = {load.concurrency for load in found.loads}
-    same = bool(found.knee) if knee_up_to else {load.concurrency for load in loads} <= measured
-    return found if young and same else None
+    measured = {load.concurrency for load in found.loads}, found.knee_up_to, found.slo, found.client
+    asked = {load.concurrency for load in loads}, knee_up_to, slo, machine.fingerprint()
+    return found if young and measured == asked else None
+
+
+def _priced(report: BenchReport, price: Price) -> BenchReport:
+    """The same measurement at another price; which load is cheapest does not hang on it."""
+    knee = report.knee
+    if knee:
+        reports = [priced(load, price) for load in knee.reports]
+        best = next((load for load in reports if load.concurrency == knee.concurrency), None)
+        usd = best.usd_per_1m_tokens.value if best and best.usd_per_1m_tokens else None
+        knee = knee.model_copy(update={"reports": reports, "usd_per_1m_tokens": usd})
+    loads = [priced(load, price) for load in report.loads]
+    return report.model_copy(update={"price": price, "loads": loads, "knee": knee})
 
 
 def _keep(report: BenchReport, file: Path) -> None:

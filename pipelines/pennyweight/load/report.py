@@ -117,6 +117,17 @@ def summarize(
     )
 
 
+def priced(report: LoadReport, price: Price) -> LoadReport:
+    """The same load at another price."""
+    total, output = report.total_tokens_per_second, report.output_tokens_per_second
+    return report.model_copy(
+        update={
+            "usd_per_1m_tokens": _usd_per_million(price, total, output),
+            "usd_per_1m_output_tokens": _usd_per_million(price, output, output),
+        }
+    )
+
+
 def wilson(successes: int, trials: int, z: float = 1.959964) -> Interval:
     """A share's interval (Wilson, 1927)."""
     share = successes / trials

@@ -276,10 +276,10 @@ def _benchmark(job: Job) -> StageEstimate:
 def _levers(job: Job) -> StageEstimate:
     """The winner is not known, so its time is that of the slowest that may win."""
     spec, subject = job.recipe.benchmark, "the winner"
-    if job.shape is None:
+    names = [name for name in job.recipe.candidates() if name[0] != "base" and runtimes.get(name[1]).levers]
+    if job.shape is None or not names:
         return _unknown("levers", subject)
     load = spec.workload
-    names = [name for name in job.recipe.candidates() if name[0] != "base" and runtimes.get(name[1]).levers]
     waves = [
         wave_seconds(job, runtime, step_of(job.recipe, variant), spec.decide_at, load.input_tokens, load.output_tokens)
         for variant, runtime in names

@@ -238,7 +238,8 @@ def load_prices(path: Path | None = None) -> Prices:
         machines |= sheet.machines()
         apis |= sheet.priced_apis()
         ceilings |= {name: entry.ceilings for name, entry in sheet.prices.items() if entry.ceilings}
-    return Prices(machines, apis, ceilings | {f"{name}:spot": found for name, found in ceilings.items()})
+    known = {name: name.removesuffix(":spot") for name in machines}
+    return Prices(machines, apis, {name: ceilings[bare] for name, bare in known.items() if bare in ceilings})
 
 
 def _read(path: Path) -> PriceSheet:

@@ -152,12 +152,8 @@ def _price(record: RunRecord) -> str | None:
     price = record.price
     if price is None:
         return None
-    origin = ", ".join(part for part in (price.source, price.date) if part)
-    parts = "".join(f"{part}; " for part in price.parts())
-    return (
-        f"{price.name}, {price.purchase}, ${price.usd_per_hour:.6g}/h ({origin}); {parts}"
-        "measured on this machine, which is not that instance"
-    )
+    elsewhere = "; measured on this machine, which need not be that instance" if price.is_of_the_market else ""
+    return price.words() + elsewhere
 
 
 def _load(record: RunRecord) -> str | None:

@@ -154,7 +154,7 @@ class OpenVinoSession:
         self._load_generator()
         start = time.perf_counter()
         answers: dict[int, list[int]] = {self.submit(prompt, new_tokens, stop): [] for prompt in ids}
-        reached: list[float] = []  # when every request that goes on has so many tokens
+        reached: list[float] = []  # when every request has so many tokens; with `stop`, the first to end ends it
         while self._flying:
             for progress in self.step():
                 answers[progress.request] += progress.tokens

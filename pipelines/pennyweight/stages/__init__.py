@@ -16,6 +16,5 @@ from pennyweight.stages.texts import Texts, check_overlap, fetch_data, make_wind
 __all__ = [
     "PARITY_TOLERANCE", "REFERENCE_RUNTIME", "Part", "Reference", "Run", "Texts", "benchmark", "check_overlap",
     "evaluate", "export", "export_alone", "fetch_base", "fetch_data", "levers", "make_reference", "make_variant",
-    "make_windows",
-    "part_of_suite", "totals",
+    "make_windows", "part_of_suite", "totals",
 ]  # fmt: skip

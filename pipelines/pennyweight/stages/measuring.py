@@ -25,7 +25,7 @@ def benchmark(run: Run, candidates: list[Candidate], texts: Texts) -> BenchmarkR
     inputs = {
         "version": bench.VERSION,
         "candidates": {candidate.id: candidate.digest for candidate in candidates},
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json", exclude={"levers", "draft"}),
         "prompts": texts.digests.get("prompts"),
         "runtimes": [runtimes.key(name, run.device) for name in sorted({c.runtime for c in candidates})],
         "machine": machine.fingerprint(),
@@ -80,11 +80,15 @@ def levers(run: Run, winner: Candidate, draft: Candidate | None, texts: Texts) -
 
     with run.stage("levers", "the winner") as stage:
         found = run.store.find("levers", inputs)
-        if found and _is_old(found):
+        known = runtimes.get(winner.runtime).levers
+        if found and (
+            _is_old(found) or any(i["saving"] is None and i["lever"] in known for i in found.record["levers"])
+        ):
             run.store.discard(found)
         entry = run.store.get_or_build("levers", inputs, build)
         stage.reused = entry.reused
-    return [LeverReport.model_validate(item) for item in entry.record["levers"]]
+    # The store knows files by their digests; the name that they have is this run's.
+    return [LeverReport.model_validate(item | {"candidate": winner.id}) for item in entry.record["levers"]]
 
 
 def _is_stale(entry: Entry) -> bool:

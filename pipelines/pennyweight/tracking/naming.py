@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pennyweight.records import CandidateResult, CostPoint, Price, RunRecord
+from pennyweight.records import CandidateResult, CostPoint, RunRecord
 from pennyweight.store import digest_of
 from pennyweight.tracking.connection import redact
 
@@ -202,18 +202,13 @@ def recipe_params(record: RunRecord) -> dict[str, str]:
             "suite": suite.get("name") if isinstance(suite, dict) else suite,
             "workload": workload and f"{workload.get('input_tokens')} tokens in, {workload.get('output_tokens')} out",
             "decide_at": benchmark.get("decide_at"),
-            "price": price and _price(price),
+            "price": price and price.words(),
             "winner": record.winner or "none",
             "cheapest_base": record.base,
             "machine": record.environment.get("cpu"),
             "threads": record.environment.get("threads"),
         }
     )
-
-
-def _price(price: Price) -> str:
-    hour = f"{price.name} {price.purchase}, ${price.usd_per_hour:g} an hour ({price.date or 'undated'})"
-    return "; ".join([hour, *price.parts()])
 
 
 def describe_condition(condition: dict[str, Any]) -> str:
