@@ -282,12 +282,10 @@ class OnnxSession(Waves):
             self._scorer = ort.InferenceSession(self._folder / MODEL, options, providers=[PROVIDERS[self._device]])
             inputs = {item.name: item for item in self._scorer.get_inputs()}
             self._past_names = [name for name in inputs if name.startswith("past_key_values.")]
-            _, self._kv_heads, _, self._head_size = inputs[self._past_names[0]].shape
             self._dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[inputs[self._past_names[0]].type]
-            decoder = self._model
-            self._kv_heads = decoder["decoder"]["num_key_value_heads"]
-            self._head_size = decoder["decoder"]["head_size"]
-            self._vocabulary = decoder["vocab_size"]
+            decoder = self._model["decoder"]
+            self._kv_heads, self._head_size = decoder["num_key_value_heads"], decoder["head_size"]
+            self._vocabulary = self._model["vocab_size"]
         return self._scorer
 
     def _load_generator(self) -> Any:
