@@ -139,7 +139,7 @@ def cost(
                 ]
             )
         else:
-            texts = [command.format_candidate(item, verdict, offer) for item, verdict in zip(found, verdicts)]
+            texts = [of_run.format_candidate(item, verdict, offer) for item, verdict in zip(found, verdicts)]
             click.echo("\n\n".join(texts))
         return 0
     card = card_.fit([command.read_report(Path(path)) for path in sources], machine)

@@ -40,7 +40,6 @@ from pennyweight.yamlfile import YamlFile
 if TYPE_CHECKING:
     from pennyweight.benchmark.elsewhere import Projection
     from pennyweight.load.models import Demand, Model
-    from pennyweight.load.of_run import CandidateCost
 
 #: Shipped text that prompts are cut from.
 TEXT = "xsum-documents"
@@ -275,7 +274,7 @@ def format_bench(report: BenchReport) -> str:
     lines += columns([_header(report), *(_row(report, load) for load in every)])
     lines.append("")
     if report.knee:
-        lines.append(_knee_sentence(report))
+        lines.append(knee_sentence(report))
     for load in every:
         if warning := is_drifting(load):
             lines.append(f"warning: {load.load}: {warning}")
@@ -320,7 +319,8 @@ def _row(report: BenchReport, load: LoadReport) -> list[str]:
     return row
 
 
-def _knee_sentence(report: BenchReport) -> str:
+def knee_sentence(report: BenchReport) -> str:
+    """Where the knee of a report lies, or how far off the SLO is. The report has looked for one."""
     assert report.knee and report.slo
     knee = report.knee
     limits = ", ".join(f"{name} {value:g}" for name, value in report.slo.model_dump().items() if value is not None)
@@ -391,19 +391,6 @@ def format_card(card: PriceCard, pays: BreakEven | None, api: ApiPrice | None) -
         lines += ["", _api(api), _pays(pays)]
         if pays.requests_per_day is not None and not pays.pays:
             lines.append(_too_idle(pays))
-    return "\n".join(lines)
-
-
-def format_candidate(found: CandidateCost, pays: BreakEven | None, api: ApiPrice | None) -> str:
-    """One candidate of a run: where it is cheapest, and its card there."""
-    first = found.reports[0]
-    lines = [f"{found.candidate} in {first.runtime} ({BATCHING[str(first.batching)]})"]
-    if found.knee:
-        lines.append(_knee_sentence(first))
-    else:
-        lines.append(f"cheapest at {found.users} users; the recipe has no SLO that would limit them")
-    if found.card:
-        lines.append(format_card(found.card, pays, api))
     return "\n".join(lines)
 
 
