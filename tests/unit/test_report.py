@@ -397,8 +397,8 @@ def test_the_first_screen_states_the_verdict_the_price_and_what_was_registered()
         "piqa acc 0.650 (−0.005 ± 0.011 against the base); openbookqa acc 0.225 (+0.000 ± 0.010 against the base)."
     ) in words
     assert (
-        "aws/c7i.large, on demand, $0.08925/h (AWS EC2 on-demand list price, us-east-1, Linux, 2025-06-01); "
-        "measured on this machine, which is not that instance"
+        "aws/c7i.large, on demand, $0.08925 an hour (AWS EC2 on-demand list price, us-east-1, Linux, 2025-06-01); "
+        "measured on this machine, which need not be that instance"
     ) in words
     assert "smollm2-135m, version 3, alias challenger" in words
     assert "2026-07-03 14:05 UTC, took 7 min 4 s" in words

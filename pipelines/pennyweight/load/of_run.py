@@ -13,8 +13,9 @@ from pydantic import Field
 
 from pennyweight import benchmark, compare, datasets, machine, runtimes
 from pennyweight.errors import StoreError, UsageError
-from pennyweight.load import bench, card
+from pennyweight.load import bench
 from pennyweight.load.bench import BenchReport, Load, Settings
+from pennyweight.load.card import FEWEST_MIXES, BreakEven, PriceCard, at_its_best, fit
 from pennyweight.load.command import BATCHING, Options, format_card, knee_sentence, prepare, read_report
 from pennyweight.load.knee import Knee
 from pennyweight.load.report import priced
@@ -41,7 +42,7 @@ class CandidateCost(Record):
         description="requests in flight at which its tokens are cheapest; None: nothing meets the SLO"
     )
     knee: Knee | None = Field(description="None where the run's recipe has no SLO")
-    card: card.PriceCard | None = Field(description="None where no load, or fewer than three mixes, could be measured")
+    card: PriceCard | None = Field(description="None where no load, or fewer than three mixes, could be measured")
     reports: list[BenchReport]
 
 
@@ -113,8 +114,8 @@ def _measure(
         reports, users = [first], _users(first)
         if users is not None:
             reports += [report_of(shape, (Load(users),), None) for shape in others if _fits(shape, record, name)]
-    enough = users is not None and len(reports) >= card.FEWEST_MIXES
-    fitted = card.fit([_at(report, users) for report in reports], price) if users and enough else None
+    enough = users is not None and len(reports) >= FEWEST_MIXES
+    fitted = fit([_at(report, users) for report in reports], price) if users and enough else None
     return CandidateCost(candidate=name, users=users, knee=first.knee, card=fitted, reports=reports)
 
 
@@ -151,7 +152,7 @@ def _users(report: BenchReport) -> int | None:
     """Where its tokens are cheapest, of the loads that meet the SLO."""
     if report.knee:
         return report.knee.concurrency
-    return card.at_its_best(report).concurrency
+    return at_its_best(report).concurrency
 
 
 def _at(report: BenchReport, users: int) -> BenchReport:
@@ -195,7 +196,7 @@ def _keep(report: BenchReport, file: Path) -> None:
         ) from error
 
 
-def format_candidate(found: CandidateCost, pays: card.BreakEven | None, api: ApiPrice | None) -> str:
+def format_candidate(found: CandidateCost, pays: BreakEven | None, api: ApiPrice | None) -> str:
     """One candidate of a run: where it is cheapest, and its card there."""
     first = found.reports[0]
     lines = [f"{found.candidate} in {first.runtime} ({BATCHING[str(first.batching)]})"]
