@@ -138,8 +138,15 @@ def test_the_command(tmp_path: Path) -> None:
         assert ("warning: at the declared utilization" in done.stdout) == warned
     done = CliRunner().invoke(main, [*command, "--api", "openai/gpt-4o-mini"])
     assert "$0.15 for a million tokens in and $0.6 out (OpenAI, " in done.stdout
-    done = CliRunner().invoke(main, [*command, "--price", "7.2", "--json"])
+    done = CliRunner().invoke(main, [*command[:-2], "--price", "7.2", "--json"])
     assert json.loads(done.stdout)["card"]["usd_per_1m_output"]["value"] == pytest.approx(1.0, rel=0.01)
+    for wrong, says in (
+        (["--mix", "8:8"], "add --api"),
+        (["--users", "4"], "are for one run"),
+        (["--elsewhere", "aws/g6.xlarge"], "are for one run"),
+    ):
+        done = CliRunner().invoke(main, [*command[:-2], *wrong])
+        assert (done.exit_code, says in done.output) == (2, True), done.output
     prices = tmp_path / "prices.yaml"
     prices.write_text("source: ours\nprices: {a/b: {on_demand: 7.2}}\napis: {a/c: {input: 1, output: 3}}\n")
     ours = ["--prices", str(prices), "--price", "a/b", "--api", "a/c", "--json"]
