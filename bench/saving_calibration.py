@@ -251,11 +251,11 @@ def real(repeats: int, model: Path | None, seed: int) -> None:
 
     logging.disable_progress_bar()
 
-    ceilings = benchmark.machine.ceilings()
+    ceilings = benchmark.speed.ceilings()
     with (
         tempfile.TemporaryDirectory() as folder,
         noise(),
-        patch.object(benchmark.machine, "ceilings", lambda **_: ceilings),
+        patch.object(benchmark.speed, "ceilings", lambda **_: ceilings),
     ):
         path = str(model or tiny_model(Path(folder)))
         checkpoint = Checkpoint(

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from pennyweight import installed, machine
+from pennyweight import installed, machine, speed
 from pennyweight.errors import StoreError
 from pennyweight.store import Store
 
@@ -36,8 +36,8 @@ def doctor(store: Store | None = None, network: bool = False) -> dict[str, Any]:
 
 
 def _ceilings() -> dict[str, Any]:
-    found = machine.ceilings()
-    reads = {f"{size >> 20} MiB": speed for size, speed in found.reads.items()}
+    found = speed.ceilings()
+    reads = {f"{size >> 20} MiB": gb_per_s for size, gb_per_s in found.reads.items()}
     return {**found.model_dump(mode="json", exclude={"reads"}), "read_gb_per_s_over_and_over": reads}
 
 
@@ -80,8 +80,8 @@ def _onnxruntime_can() -> list[str]:
 
     providers = onnxruntime.get_available_providers()
     wide = {"avx512_vnni", "amx_int8", "asimddp"} & set(machine.fingerprint()["isa"])
-    speed = "8-bit dot products in hardware" if wide else "without 8-bit dot products"
-    can = [f"cpu: float32, and 4-bit and 8-bit weights ({speed})"] if "CPUExecutionProvider" in providers else []
+    dots = "8-bit dot products in hardware" if wide else "without 8-bit dot products"
+    can = [f"cpu: float32, and 4-bit and 8-bit weights ({dots})"] if "CPUExecutionProvider" in providers else []
     if "CUDAExecutionProvider" in providers and machine.has_gpu():
         can.append("cuda: float16, and 4-bit and 8-bit weights")
     return can

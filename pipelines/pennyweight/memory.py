@@ -1,16 +1,88 @@
-"""What to say when memory runs out."""
+"""The memory that work takes, and what to say when it runs out."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+import psutil
 
 from pennyweight import machine
 from pennyweight.errors import StageError
 
 
-@contextmanager
+def resident_bytes() -> int:
+    """Resident memory of this process and its children. Pages that they share count once for each of them."""
+    process, total = psutil.Process(), 0
+    for each in (process, *process.children(recursive=True)):
+        try:
+            total += each.memory_info().rss
+        except psutil.Error:
+            continue  # it ended between being listed and being asked
+    return total
+
+
+def device_bytes() -> int:
+    """Memory of the current GPU that is in use, by this process and all others."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+class PeakMemory:
+    """The most memory in use while the block runs, sampled every `interval` seconds: as `used` counts it.
+
+    >>> with PeakMemory() as memory:
+    ...     work()
+    >>> memory.peak_bytes, memory.start_bytes, memory.end_bytes
+    """
+
+    def __init__(self, interval: float = 0.05, used: Callable[[], int] = resident_bytes):
+        self.interval = interval
+        self.start_bytes = self.end_bytes = self.peak_bytes = 0
+        self._used = used
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self.start_bytes = self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.end_bytes = self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._sample()
+
+    def _sample(self) -> int:
+        used = self._used()
+        self.peak_bytes = max(self.peak_bytes, used)
+        return used
+
+
+def release_memory() -> None:
+    """Give back to the system what the last stage freed; the C library keeps it otherwise, and the next stage adds."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
 def out_of_memory_of(work: str, remedy: str) -> Iterator[None]:
     """Turn a failure to allocate into a StageError that says how much was asked for, and what to do."""
     try:
@@ -19,7 +91,7 @@ def out_of_memory_of(work: str, remedy: str) -> Iterator[None]:
         if not _is_out_of_memory(error):
             raise
         asked = re.search(r"allocate ([\d.]+ [KMGT]?i?B|[\d.]+ bytes)", str(error))
-        free = f"{machine.available_memory_bytes() / 2**30:.1f} GiB of this machine's are free"
+        free = machine.available_memory_bytes() / 2**30
         wanted = f" when it asked for {asked[1]} more" if asked else ""
         raise StageError(
             f"{work} ran out of memory{wanted}; {free:.1f} GiB of the machine's are free", remedy

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pennyweight import benchmark, checkpoints, machine, runtimes
+from pennyweight import benchmark, checkpoints, machine, runtimes, speed
 from pennyweight.benchmark import energy
 from pennyweight.recipe import Benchmark
 from pennyweight.records import BenchmarkReport, Candidate, CostPoint, CostReport, Measured
@@ -70,7 +70,7 @@ def speeds(*found: float) -> Measured:
 
 def run(candidates: list[Candidate], monkeypatch: pytest.MonkeyPatch) -> BenchmarkReport:
     measured = iter([speeds(10, 90, 200, 300), speeds(12, 80, 210, 290)])
-    monkeypatch.setattr(machine, "ceilings", lambda device: next(measured))
+    monkeypatch.setattr(speed, "ceilings", lambda device: next(measured))
     prompts = np.zeros((8, 64), np.int64)
     return benchmark.run_benchmark(candidates, SETTINGS, lambda n, length: prompts[:n, :length], "cpu", lambda *_: None)
 

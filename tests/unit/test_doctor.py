@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pennyweight import doctor, installed, machine
+from pennyweight import doctor, installed, machine, speed
+from pennyweight.plan.records import Measured
 from pennyweight.store import Store
 
 
@@ -61,9 +62,9 @@ def test_extras_name_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_doctor_is_json_and_asks_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
-        machine,
+        speed,
         "ceilings",
-        lambda: machine.Measured(
+        lambda: Measured(
             threads=1, read_gb_per_s=1, gflops_fp32=2, gflops_bf16=3, gops_int8=4, reads={1 << 20: 9, 1 << 28: 1}
         ),
     )

@@ -20,11 +20,12 @@ from pennyweight.cli import main
 from pennyweight.errors import SourceError, StageError, UsageError
 from pennyweight.load import bench, models
 from pennyweight.load.bench import Load, Settings
-from pennyweight.load.command import Options, format_bench, prepare
+from pennyweight.load.command import Options, prepare
 from pennyweight.load.driver import Course, Until, closed_loop
 from pennyweight.load.engine import Engine
 from pennyweight.load.models import Demand
 from pennyweight.load.requests import Asked
+from pennyweight.load.show import format_bench
 from pennyweight.load.workload import Prompts, parse_shape
 from pennyweight.records import Candidate, CandidateResult, Checkpoint, RecipeRef, RunRecord, Verdict
 from pennyweight.runtimes import Limits

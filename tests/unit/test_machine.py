@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pennyweight import machine
-from pennyweight.errors import UsageError
-from pennyweight.machine import PeakMemory
+from pennyweight import machine, speed
+from pennyweight.errors import StageError, UsageError
+from pennyweight.memory import PeakMemory, out_of_memory_of
+from pennyweight.records import Measured
 
 XEON = """\
 processor\t: 0
@@ -182,7 +183,7 @@ def test_peak_memory_sees_a_passing_allocation() -> None:
 
 
 def test_measured_speed_is_plausible() -> None:
-    measured = machine.measure(seconds=0.15)
+    measured = speed.measure(seconds=0.15)
     assert measured.threads == machine.threads()
     assert 0.5 < measured.read_gb_per_s < 5000
     assert 1 < measured.gflops_fp32 < 1e5
@@ -190,24 +191,46 @@ def test_measured_speed_is_plausible() -> None:
 
 
 def test_ceilings_are_plausible_and_reach_into_the_caches() -> None:
-    found = machine.ceilings(seconds=0.2)
-    assert tuple(found.reads) == machine.READ_SIZES["cpu"]
+    found = speed.ceilings(seconds=0.2)
+    assert tuple(found.reads) == speed.READ_SIZES["cpu"]
     assert found.read_gb_per_s == found.reads[256 << 20]
-    assert all(0 < speed < 50_000 for speed in found.reads.values())
+    assert all(0 < gb_per_s < 50_000 for gb_per_s in found.reads.values())
     assert found.gops_int8 is None or 0.1 < found.gops_int8 < 1e7
 
 
 def test_the_faster_of_two_measurements() -> None:
-    one = machine.Measured(
-        threads=2, read_gb_per_s=10, gflops_fp32=90, gflops_bf16=200, gops_int8=None, reads={1: 50, 2: 10}
-    )
-    other = machine.Measured(
-        threads=2, read_gb_per_s=12, gflops_fp32=80, gflops_bf16=210, gops_int8=400, reads={1: 40, 2: 12}
-    )
-    assert machine.fastest(one, other) == machine.Measured(
+    one = Measured(threads=2, read_gb_per_s=10, gflops_fp32=90, gflops_bf16=200, gops_int8=None, reads={1: 50, 2: 10})
+    other = Measured(threads=2, read_gb_per_s=12, gflops_fp32=80, gflops_bf16=210, gops_int8=400, reads={1: 40, 2: 12})
+    assert speed.fastest(one, other) == Measured(
         threads=2, read_gb_per_s=12, gflops_fp32=90, gflops_bf16=210, gops_int8=400, reads={1: 50, 2: 12}
     )
-    assert machine.fastest(one, one) == one
+    assert speed.fastest(one, one) == one
     old = '{"threads": 2, "read_gb_per_s": 10, "gflops_fp32": 90, "gflops_bf16": 200}'
-    assert machine.Measured.model_validate_json(old).gops_int8 is None
-    assert machine.Measured.model_validate_json(one.model_dump_json()) == one
+    assert Measured.model_validate_json(old).gops_int8 is None
+    assert Measured.model_validate_json(one.model_dump_json()) == one
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"),
+            "4096 bytes more",
+        ),
+        (RuntimeError("CUDA: not enough memory; Tried to allocate 2.50 GiB"), "2.50 GiB more"),
+        (MemoryError(), "ran out of memory; 3.0 GiB of the machine's are free"),
+    ],
+)
+def test_running_out_of_memory_says_what_was_asked_for_and_what_to_do(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 3 << 30)
+    with pytest.raises(StageError) as raised, out_of_memory_of("recover", "lower `batch`"):
+        raise error
+    assert says in raised.value.message
+    assert raised.value.hint == "lower `batch`"
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), out_of_memory_of("recover", ""):
+        raise RuntimeError("shapes do not match")

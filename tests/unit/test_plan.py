@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from pennyweight import installed, machine, plan, sources
+from pennyweight import installed, machine, plan, sources, speed
 from pennyweight.errors import SourceError
-from pennyweight.machine import Measured
 from pennyweight.plan import Plan, constants, make_plan, model_shape, sizes
 from pennyweight.plan.problems import group_sizes
 from pennyweight.recipe import Quantize, Recipe
+from pennyweight.records import Measured
 from pennyweight.store import Store
 
 CONFIG = {
@@ -67,7 +67,7 @@ def recipe(steps: dict[str, list[dict[str, Any]]] | None = None, **settings: Any
 def calm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Store:
     """A machine of known speed with room to spare, and a base whose config can be had."""
     monkeypatch.setattr(machine, "gpus", list)
-    monkeypatch.setattr(machine, "measure", lambda device="cpu": SPEED)
+    monkeypatch.setattr(speed, "measure", lambda device="cpu": SPEED)
     monkeypatch.setattr(machine, "has_native_bf16", lambda: True)
     monkeypatch.setattr(machine, "free_disk_bytes", lambda _: 10**12)
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**12)
@@ -592,7 +592,7 @@ def test_a_read_only_store(calm: Store, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_speed_is_measured_once_a_day(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(machine, "measure", lambda device="cpu": calls.append(device) or SPEED)
+    monkeypatch.setattr(speed, "measure", lambda device="cpu": calls.append(device) or SPEED)
     assert plan.measured_speed(calm, "cpu") == plan.measured_speed(calm, "cpu") == SPEED
     assert calls == ["cpu"]
     monkeypatch.setattr(plan.time, "strftime", lambda *_: "1999-01-01")
@@ -632,7 +632,7 @@ def test_benchmark_time_is_the_sum_of_waves(calm: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(plan.job, "IMPORT_SECONDS", dict.fromkeys(constants.IMPORT_SECONDS, 0.0))
     monkeypatch.setattr(plan.job, "SECONDS_PER_GB", dict.fromkeys(constants.SECONDS_PER_GB, 0.0))
     assert make_plan(recipe(), calm).expected_seconds("benchmark", "all candidates") == pytest.approx(
-        3 * (8 + 0.25 + 3 * 4 + 0.25 * 4) + 2 * machine.CEILING_SECONDS
+        3 * (8 + 0.25 + 3 * 4 + 0.25 * 4) + 2 * speed.CEILING_SECONDS
     )
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from pennyweight import machine, runtimes
+from pennyweight import machine, memory, runtimes, speed
 from pennyweight.benchmark import cost, energy
 from pennyweight.benchmark.prices import price_of
 from pennyweight.benchmark.roofline import roofline
@@ -67,9 +67,9 @@ def run_benchmark(
     meter = energy.EnergyMeter(energy.counters(device))
     works = {candidate.id: work_of(candidate) for candidate in candidates}
     price = price_of(settings.price)
-    before = machine.ceilings(device=device)
+    before = speed.ceilings(device=device)
     measured = _measure(candidates, settings, prompts, device, meter, progress)
-    ceilings = machine.fastest(before, machine.ceilings(device=device))
+    ceilings = speed.fastest(before, speed.ceilings(device=device))
     return BenchmarkReport(
         reports=_with_rooflines(_reports(candidates, settings, price, measured), works, ceilings),
         failures=measured.failures,
@@ -165,14 +165,14 @@ class _Sessions:
         if not watched:
             yield self._get(name)
             return
-        machine.release_memory()
-        used = machine.device_bytes if self._device == "cuda" else machine.resident_bytes
-        with machine.PeakMemory(used=used) as memory:
+        memory.release_memory()
+        used = memory.device_bytes if self._device == "cuda" else memory.resident_bytes
+        with memory.PeakMemory(used=used) as watched_memory:
             yield self._get(name)
-            machine.release_memory()  # what the C library keeps of passing memory is held by nobody
+            memory.release_memory()  # what the C library keeps of passing memory is held by nobody
         held = self._held.get(name, 0)
-        self.most[name] = max(self.most.get(name, 0), held + memory.peak_bytes - memory.start_bytes)
-        self._held[name] = held + memory.end_bytes - memory.start_bytes
+        self.most[name] = max(self.most.get(name, 0), held + watched_memory.peak_bytes - watched_memory.start_bytes)
+        self._held[name] = held + watched_memory.end_bytes - watched_memory.start_bytes
 
     def _get(self, name: str) -> Session:
         if name not in self._open:

@@ -63,7 +63,8 @@ def bench(csv_path: Path | None, vllm_path: Path | None, as_json: bool, **option
     A Ctrl-C ends the measurement and keeps what it has.
     """
     from pennyweight.load import bench as bench_
-    from pennyweight.load.command import Options, format_bench, prepare, write_files
+    from pennyweight.load.command import Options, prepare, write_files
+    from pennyweight.load.show import format_bench
     from pennyweight.store import Store
 
     with ExitStack() as stack:
@@ -105,7 +106,7 @@ def cost(
     files that `bench --json` printed, of one target at three or more mixes.
     """
     from pennyweight.load import card as card_
-    from pennyweight.load import command, of_run
+    from pennyweight.load import command, of_run, show
     from pennyweight.load.workload import parse_shape
     from pennyweight.recipe import load_prices
     from pennyweight.store import Store
@@ -139,7 +140,7 @@ def cost(
                 ]
             )
         else:
-            texts = [of_run.format_candidate(item, verdict, offer) for item, verdict in zip(found, verdicts)]
+            texts = [show.format_candidate(item, verdict, offer) for item, verdict in zip(found, verdicts)]
             click.echo("\n\n".join(texts))
         return 0
     card = card_.fit([command.read_report(Path(path)) for path in sources], machine)
@@ -148,14 +149,14 @@ def cost(
         parts = {"card": card, "api": offer, "break_even": verdict}
         print_json({name: part and part.model_dump(mode="json") for name, part in parts.items()})
     else:
-        click.echo(command.format_card(card, verdict, offer))
+        click.echo(show.format_card(card, verdict, offer))
     return 0
 
 
 def _project(source: str, elsewhere: tuple[str, ...], sheet: Prices, as_json: bool) -> int:
     from pennyweight.benchmark.elsewhere import project
     from pennyweight.compare import find
-    from pennyweight.load.command import format_projections
+    from pennyweight.load.show import format_projections
     from pennyweight.show import load_run
 
     folder, separator, name = source.partition(":")

@@ -15,12 +15,12 @@ from pennyweight import benchmark, compare, datasets, machine, runtimes
 from pennyweight.errors import StoreError, UsageError
 from pennyweight.load import bench
 from pennyweight.load.bench import BenchReport, Load, Settings
-from pennyweight.load.card import FEWEST_MIXES, BreakEven, PriceCard, at_its_best, fit
-from pennyweight.load.command import BATCHING, Options, format_card, knee_sentence, prepare, read_report
+from pennyweight.load.card import FEWEST_MIXES, PriceCard, at_its_best, fit
+from pennyweight.load.command import Options, prepare, read_report
 from pennyweight.load.knee import Knee
 from pennyweight.load.report import priced
 from pennyweight.load.workload import Lengths, Shape
-from pennyweight.recipe import ApiPrice, Recipe, Slo
+from pennyweight.recipe import Recipe, Slo
 from pennyweight.records import Price, Record, RunRecord
 from pennyweight.show import load_run
 from pennyweight.store import Store
@@ -194,16 +194,3 @@ def _keep(report: BenchReport, file: Path) -> None:
         raise StoreError(
             f"{file} cannot be written: {error.strerror}", "free some disk; the run itself is safe"
         ) from error
-
-
-def format_candidate(found: CandidateCost, pays: BreakEven | None, api: ApiPrice | None) -> str:
-    """One candidate of a run: where it is cheapest, and its card there."""
-    first = found.reports[0]
-    lines = [f"{found.candidate} in {first.runtime} ({BATCHING[str(first.batching)]})"]
-    if found.knee:
-        lines.append(knee_sentence(first))
-    else:
-        lines.append(f"cheapest at {found.users} users; the recipe has no SLO that would limit them")
-    if found.card:
-        lines.append(format_card(found.card, pays, api))
-    return "\n".join(lines)

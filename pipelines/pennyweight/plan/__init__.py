@@ -9,9 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from pennyweight import installed, machine
+from pennyweight import installed, machine, speed
 from pennyweight.errors import SourceError, StoreError
-from pennyweight.machine import Measured
 from pennyweight.plan.constants import DOWNLOAD_BYTES_PER_SECOND
 from pennyweight.plan.job import Job
 from pennyweight.plan.problems import Problems, check_lengths, check_levers, check_machine, check_room, check_steps
@@ -21,6 +20,7 @@ from pennyweight.plan.show import format_bytes, format_plan, format_seconds
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, model_shape
 from pennyweight.plan.stages import estimate_stages
 from pennyweight.recipe import Recipe
+from pennyweight.records import Measured
 from pennyweight.store import Store
 
 __all__ = ["Plan", "PlanProblem", "format_bytes", "format_plan", "format_seconds", "make_plan"]
@@ -95,9 +95,9 @@ def measured_speed(store: Store, device: str) -> Measured | None:
         "day": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     try:
-        entry = store.get_or_build("measure", inputs, lambda _: machine.measure(device=device).model_dump(mode="json"))
+        entry = store.get_or_build("measure", inputs, lambda _: speed.measure(device=device).model_dump(mode="json"))
     except StoreError:
-        return machine.measure(device=device)  # a store that cannot be written is reported with the other problems
+        return speed.measure(device=device)  # a store that cannot be written is reported with the other problems
     return Measured.model_validate(entry.record)
 
 

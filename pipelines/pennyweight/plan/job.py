@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 
 from pennyweight import machine
-from pennyweight.machine import Measured
 from pennyweight.plan.constants import (
     COMPARE_SECONDS_PER_LOGIT,
     COPIES,
@@ -19,6 +18,7 @@ from pennyweight.plan.constants import (
 )
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, ceil_div, dense_bytes, gguf_bytes, onnx_bytes, packed_bytes
 from pennyweight.recipe import Quantize, Recipe
+from pennyweight.records import Measured
 from pennyweight.store import Store
 
 

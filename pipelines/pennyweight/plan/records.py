@@ -8,8 +8,7 @@ from typing import Literal
 from pydantic import Field, computed_field
 
 from pennyweight.errors import Problem
-from pennyweight.machine import Measured
-from pennyweight.records import Record
+from pennyweight.records import Measured, Record
 
 
 @dataclass(frozen=True)

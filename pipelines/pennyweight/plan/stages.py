@@ -41,6 +41,7 @@ from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, packed_bytes
 from pennyweight.recipe import Base, Quantize, Recover
+from pennyweight.speed import CEILING_SECONDS
 from pennyweight.store import RECORD, Store
 
 
@@ -263,7 +264,7 @@ def _benchmark(job: Job) -> StageEstimate:
     loaded = [job.loaded_bytes(runtime, step_of(job.recipe, variant)) for variant, runtime in names]
     turns = sum(1 + rounds_at(spec, concurrency) for concurrency in spec.concurrency)
     resident = _stay_loaded(job, names)
-    loading = per_gb("load", sum(loaded) * (1 if resident else turns)) + 2 * machine.CEILING_SECONDS
+    loading = per_gb("load", sum(loaded) * (1 if resident else turns)) + 2 * CEILING_SECONDS
     cache = 2 * requests * (load.input_tokens + load.output_tokens) * job.shape.kv_bytes(4)
     logits = 4 * requests * load.input_tokens * job.shape.head[0]  # onnxruntime computes all of a prompt's
     return StageEstimate(

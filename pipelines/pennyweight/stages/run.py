@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pennyweight import machine
 from pennyweight.errors import PennyweightError, StoreError
+from pennyweight.memory import PeakMemory, release_memory
 from pennyweight.plan import Plan
 from pennyweight.progress import Progress
 from pennyweight.recipe import Recipe
@@ -51,9 +51,9 @@ class Run:
         expected = self.plan.expected_seconds(name, subject) or 0.0
         self.progress.start(name, subject, expected)
         stage, begin, error = Stage(), time.perf_counter(), None
-        memory = machine.PeakMemory()
+        used = PeakMemory()
         try:
-            with memory:
+            with used:
                 yield stage
         except PennyweightError as failure:
             error = failure.message
@@ -64,7 +64,7 @@ class Run:
         finally:
             seconds = time.perf_counter() - begin
             if not stage.reused:
-                machine.release_memory()
+                release_memory()
             self.times.append(
                 StageTime(
                     stage=name,
@@ -72,7 +72,7 @@ class Run:
                     seconds=seconds,
                     library_seconds=stage.library_seconds,
                     reused=stage.reused,
-                    peak_memory_bytes=memory.peak_bytes,
+                    peak_memory_bytes=used.peak_bytes,
                     error=error,
                 )
             )
