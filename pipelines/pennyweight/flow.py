@@ -20,6 +20,7 @@ from pennyweight.benchmark.prices import price_of
 from pennyweight.errors import PennyweightError, RecipeError, StoreError, TrackingError
 from pennyweight.evaluate import estimates
 from pennyweight.evaluate.evidence import REFERENCE_SAMPLES, SAMPLES_FOLDER, write_rows
+from pennyweight.files import write_whole
 from pennyweight.gate import Look
 from pennyweight.plan import Plan, make_plan
 from pennyweight.plan.schemes import scheme_notes
@@ -280,11 +281,9 @@ def refuse_impossible(plan: Plan) -> None:
 
 
 def write_record(record: RunRecord) -> None:
-    """Write run.json whole or not at all."""
-    path = Path(record.run_dir) / RUN_FILE
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record.model_dump(mode="json", by_alias=True), indent=1) + "\n")
-    temporary.replace(path)
+    """Write run.json. Raises StoreError."""
+    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1) + "\n"
+    write_whole(Path(record.run_dir) / RUN_FILE, text)
 
 
 def where_the_time_went(record: RunRecord) -> str:

@@ -10,15 +10,12 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import psutil
 
 from pennyweight.errors import UsageError
 from pennyweight.installed import installed_version
-
-if TYPE_CHECKING:
-    pass
 
 #: CPU features that change which kernels run, and so numbers and speed.
 ISA_FLAGS = (
@@ -86,6 +83,11 @@ def has_native_bf16() -> bool:
 def has_gpu() -> bool:
     """An NVIDIA GPU is there for this process to use."""
     return bool(gpus())
+
+
+def has_cpp_compiler() -> bool:
+    """One that torch.compile finds: the one that CXX names, else g++ or clang++."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:

@@ -77,6 +77,24 @@ def test_the_card_of_a_run_is_measured_once(here: Path) -> None:
     table = pennyweight("cost", f"runs/latest:{NAME}", "--users", "2", cwd=here, store=here / "store")
     assert f"{NAME} in openvino (continuous batching)" in table.stdout
     assert "a million output tokens" in table.stdout
+    assert "As it serves" in (here / "runs/latest/report.html").read_text()
+    kept = json.loads((here / "runs/latest/cost/serving.json").read_text())
+    assert [item["candidate"] for item in kept["candidates"]] == [NAME]
+    logged = metrics_of(here, NAME)
+    assert logged["usd_per_1m_output_tokens"] == found["card"]["usd_per_1m_output"]["value"]
+    assert logged["knee_users"] == found["users"]
+
+
+def metrics_of(here: Path, candidate: str) -> dict[str, float]:
+    """What MLflow has of the candidate's run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{here / 'mlflow/local/mlflow.db'}")
+    tracking = latest(here)["tracking"]
+    experiment = client.get_experiment_by_name(tracking["experiment"])
+    condition = f"tags.`pennyweight.candidate` = '{candidate}' and tags.`mlflow.parentRunId` = '{tracking['run_id']}'"
+    (run,) = client.search_runs([experiment.experiment_id], condition)
+    return run.data.metrics
 
 
 def test_an_slo_that_nothing_meets_says_how_far_off(here: Path, tmp_path: Path) -> None:

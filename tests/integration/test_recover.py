@@ -11,7 +11,7 @@ import yaml
 from command import pennyweight
 from test_flow import latest
 
-from pennyweight import checkpoints, formats, runtimes
+from pennyweight import checkpoints, formats, machine, runtimes
 from pennyweight.errors import StageError
 from pennyweight.quantization.packed import read_quantized
 from pennyweight.recipe import Quantize, Recover
@@ -96,6 +96,31 @@ def test_healing_twice_gives_the_same_bytes(
 ) -> None:
     recover.run(rounded, STEP, context(base), tmp_path)
     assert checkpoints.describe(tmp_path, "x").digest == checkpoints.describe(healed[0], "x").digest
+
+
+@pytest.mark.skipif(not machine.has_cpp_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_passes_learn_the_same(
+    base: Checkpoint, rounded: Checkpoint, healed: tuple[Path, object], tmp_path: Path
+) -> None:
+    step = STEP.model_copy(update={"compile": True})
+    done = recover.run(rounded, step, context(base, step), tmp_path)
+    eager = healed[1]
+    assert [at for at, _ in done.curve] == [at for at, _ in eager.curve]
+    for (_, ours), (_, theirs) in zip(done.curve, eager.curve):
+        assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_a_compiler_that_fails_is_named(
+    base: Checkpoint, rounded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def heal(*_: object) -> None:
+        raise torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("no g++"), None)
+
+    monkeypatch.setattr("pennyweight.healing.train.heal", heal)
+    step = STEP.model_copy(update={"compile": True})
+    with pytest.raises(StageError, match="compile failed") as caught:
+        recover.run(rounded, step, context(base, step), tmp_path)
+    assert caught.value.hint == "leave `compile` out"
 
 
 def test_only_quantized_checkpoints_can_be_healed(base: Checkpoint, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_the_plan_finds_what_a_runtime_cannot_run(shape: ModelShape, tiny_recipe
     body["evaluate"] = {"name": "text", "divergence": {"text": "held-out-text"}}
     body["gate"] = [{"metric": "kl_mean", "max": 1.0}]
     found = Problems("recipe.yaml")
-    check_steps(Recipe.model_validate(body), shape, found)
+    check_steps(Recipe.model_validate(body), shape, "cpu", found)
     check_runtimes(Recipe.model_validate(body), found)
     said = {problem.path.removeprefix("variants.mixed.0.quantize."): problem.message for problem in found.found}
     assert said.keys() == {"head", "budget", "group_sizes"}

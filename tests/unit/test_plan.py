@@ -394,6 +394,16 @@ def test_schemes_without_groups_fit_any_width(calm: Store) -> None:
     assert problem.hint == "these sizes would do: 8, 16, 32"
 
 
+def test_compiling_on_a_cpu_needs_a_compiler(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = {"quantize": {"scheme": "w4a16", "group_size": 32}}
+    steps = {"a": [quantize, {"recover": {"text": "wiki", "length": 32, "compile": True}}]}
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert make_plan(recipe(steps, runtimes=["transformers"]), calm).problems == []
+    monkeypatch.setattr(machine.shutil, "which", lambda _: None)
+    (problem,) = make_plan(recipe(steps, runtimes=["transformers"]), calm).problems
+    assert problem.path == "variants.a.1.recover.compile"
+
+
 def test_recover_needs_packed_integers(calm: Store) -> None:
     steps = {"a": [{"quantize": {"scheme": "w8a8"}}, {"recover": {"text": "wiki", "length": 32}}]}
     (problem,) = make_plan(recipe(steps, runtimes=["transformers"]), calm).problems

@@ -9,41 +9,26 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pydantic import Field
-
 from pennyweight import benchmark, compare, datasets, machine, runtimes
-from pennyweight.errors import StoreError, UsageError
+from pennyweight.errors import UsageError
+from pennyweight.files import write_whole
 from pennyweight.load import bench
 from pennyweight.load.bench import BenchReport, Load, Settings
-from pennyweight.load.card import FEWEST_MIXES, PriceCard, at_its_best, fit
+from pennyweight.load.card import FEWEST_MIXES, at_its_best, fit
 from pennyweight.load.command import Options, prepare, read_report
-from pennyweight.load.knee import Knee
 from pennyweight.load.report import priced
+from pennyweight.load.serving import FOLDER, CandidateCost, keep
 from pennyweight.load.workload import Lengths, Shape
 from pennyweight.recipe import Recipe, Slo
-from pennyweight.records import Price, Record, RunRecord
+from pennyweight.records import Price, RunRecord
 from pennyweight.show import load_run
 from pennyweight.store import Store
 
-#: Where a run keeps its reports, one for each candidate and mix.
-FOLDER = "cost"
 #: A report older than this is measured again.
 MAX_AGE = timedelta(days=benchmark.MAX_AGE_DAYS)
 #: Mixes of a card, as factors on the workload's tokens in and out: its own, more to read, more to write, both.
 MIXES = ((1.0, 1.0), (2.0, 0.25), (0.25, 2.0), (1.0, 2.0))
 SHORTEST = 2
-
-
-class CandidateCost(Record):
-    """One candidate as it serves the workload of its run."""
-
-    candidate: str
-    users: int | None = Field(
-        description="requests in flight at which its tokens are cheapest; None: nothing meets the SLO"
-    )
-    knee: Knee | None = Field(description="None where the run's recipe has no SLO")
-    card: PriceCard | None = Field(description="None where no load, or fewer than three mixes, could be measured")
-    reports: list[BenchReport]
 
 
 def measure(
@@ -52,11 +37,15 @@ def measure(
     """Measure the candidate of `RUN:CANDIDATE`; of a `RUN` its winner and the cheapest of its base's candidates.
 
     `users`: the most that the knee is looked for at; the recipe's largest concurrency by default. Reports in the run's
-    folder are taken as they are, unless they are old or are to be measured `again`. Raises UsageError.
+    folder are taken as they are, unless they are old or are to be measured `again`. What was found enters the run's
+    report, and MLflow where the run was logged. Raises UsageError.
     """
     record = load_run(Path(where.partition(":")[0]))
     most = users or max(record.recipe.resolved["benchmark"]["concurrency"])
-    return [_measure(record, name, most, price or record.price, again, store, say) for name in _names(record, where)]
+    found = [_measure(record, name, most, price or record.price, again, store, say) for name in _names(record, where)]
+    if (missed := keep(record, found)) is not None:
+        say(f"warning: MLflow has not got it: {missed}")
+    return found
 
 
 def is_run(source: str) -> bool:
@@ -106,7 +95,7 @@ def _measure(
             found = bench.run(asked, say).report
             if found.interrupted:
                 raise KeyboardInterrupt
-            _keep(found, file)
+            write_whole(file, found.model_dump_json(indent=1) + "\n")
             return found
 
         loads = tuple(Load(count) for count in sorted({1, most}))
@@ -182,15 +171,3 @@ def _priced(report: BenchReport, price: Price) -> BenchReport:
         knee = knee.model_copy(update={"reports": reports, "usd_per_1m_tokens": usd})
     loads = [priced(load, price) for load in report.loads]
     return report.model_copy(update={"price": price, "loads": loads, "knee": knee})
-
-
-def _keep(report: BenchReport, file: Path) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(report.model_dump_json(indent=1) + "\n")
-        temporary.replace(file)
-    except OSError as error:
-        raise StoreError(
-            f"{file} cannot be written: {error.strerror}", "free some disk; the run itself is safe"
-        ) from error

@@ -6,8 +6,8 @@ from pennyweight.benchmark.elsewhere import Projection
 from pennyweight.columns import columns
 from pennyweight.load.bench import BenchReport
 from pennyweight.load.card import BreakEven, PriceCard
-from pennyweight.load.of_run import CandidateCost
 from pennyweight.load.report import LoadReport, is_drifting
+from pennyweight.load.serving import CandidateCost
 from pennyweight.recipe import ApiPrice
 from pennyweight.tracking import redact
 

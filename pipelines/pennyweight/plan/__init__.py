@@ -39,7 +39,7 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     missing = check_machine(recipe, device, found) + check_backends(recipe, device, found)
     check_runtimes(recipe, found)
     if shape:
-        check_steps(recipe, shape, found)
+        check_steps(recipe, shape, device, found)
         check_lengths(recipe, shape, found)
         check_levers(recipe, found)
     notes += _notes(device, measured) + scheme_notes(recipe)

@@ -57,7 +57,7 @@ def check_levers(recipe: Recipe, found: Problems) -> None:
             )
 
 
-def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
+def check_steps(recipe: Recipe, shape: ModelShape, device: str, found: Problems) -> None:
     exported = "onnxruntime" in recipe.runtimes.variants
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
@@ -66,6 +66,9 @@ def check_steps(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
             if isinstance(step, Recover):
                 if not quantized:
                     found.add(path, "recover heals quantized weights", "put a quantize step before it")
+                if step.compile and device == "cpu" and not machine.has_cpp_compiler():
+                    hint = "install g++, name one in CXX, or leave it out"
+                    found.add(f"{path}.compile", "torch.compile needs a C++ compiler on a CPU", hint, "machine")
                 continue
             if quantized:
                 found.add(path, "the step before it has quantized these weights already", "keep one of the two")

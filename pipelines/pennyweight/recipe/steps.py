@@ -283,6 +283,9 @@ class Recover(Section):
     """Steps between two looks at the held-out windows."""
     patience: int = Field(3, ge=1)
     """Looks in a row without a smaller divergence after which it stops."""
+    compile: bool = False
+    """Compile both models' passes first, with torch.compile: faster steps after some minutes. A CPU needs a C++
+    compiler for it."""
     allow_overlap: bool = False
     """Report text that the evaluation uses too, instead of refusing the variant."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pennyweight.compare import flips_of_run
+from pennyweight.files import write_whole
+from pennyweight.load.serving import read as read_serving
 from pennyweight.records import RunRecord
 from pennyweight.report.page import render
 
@@ -12,8 +14,9 @@ __all__ = ["write_report"]
 
 
 def write_report(record: RunRecord, path: Path) -> None:
-    """Write `record` as a self-contained HTML file, with the answers that flipped where the run's samples are at hand.
+    """Write `record` as a self-contained HTML file, with what lies in its folder: the answers that flipped, and what
+    `cost` measured.
 
-    The same record and samples give the same bytes. Raises OSError.
+    The same files give the same bytes. Raises StoreError.
     """
-    path.write_text(render(record, flips_of_run(record)), encoding="utf-8")
+    write_whole(path, render(record, flips_of_run(record), read_serving(record)))

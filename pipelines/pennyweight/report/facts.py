@@ -193,3 +193,10 @@ def _threshold(record: RunRecord, item: dict[str, Any], higher_is_better: bool) 
         return None
     value = base - margin if higher_is_better else base + margin
     return Threshold(value, not higher_is_better, f"the gate's margin: {margin:g} from the base", False)
+
+
+def slo_words(record: RunRecord) -> str:
+    """`TTFT p95 at most 2,000 ms, TPOT p95 at most 150 ms`, or nothing without an SLO."""
+    slo = section(record, "benchmark").get("slo") or {}
+    names = {"ttft_p95_ms": "TTFT p95", "tpot_p95_ms": "TPOT p95"}
+    return ", ".join(f"{word} at most {slo[key]:,g} ms" for key, word in names.items() if slo.get(key))

@@ -8,10 +8,11 @@ from pathlib import Path
 import yaml
 
 from pennyweight.compare import Flip
+from pennyweight.load.serving import CandidateCost
 from pennyweight.records import RunRecord
-from pennyweight.report import answers, levers, making, roofline, tables
+from pennyweight.report import answers, facts, levers, making, roofline, serving, tables
 from pennyweight.report.markup import Html, el, join
-from pennyweight.report.plots import quality_against_cost, slo_words, throughput_against_latency
+from pennyweight.report.plots import quality_against_cost, throughput_against_latency
 from pennyweight.report.verdict import first_screen, headline
 
 _STYLE = Path(__file__).with_name("style.css")
@@ -20,8 +21,11 @@ _STYLE = Path(__file__).with_name("style.css")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def render(record: RunRecord, flips: dict[str, list[Flip]] | None = None) -> str:
-    """The whole file. A pure function of the record and of each candidate's flipped answers."""
+def render(
+    record: RunRecord, flips: dict[str, list[Flip]] | None = None, served: list[CandidateCost] | None = None
+) -> str:
+    """The whole file. A pure function of the record, of each candidate's flipped answers, and of what candidates cost
+    as they serve."""
     title = re.sub(r"<[^>]+>", "", headline(record))  # its text is escaped already
     head = el(
         "head",
@@ -31,10 +35,11 @@ def render(record: RunRecord, flips: dict[str, list[Flip]] | None = None) -> str
         el("title", record.name, ": ", Html(title)),
         el("style", Html(_STYLE.read_text(encoding="utf-8"))),
     )
-    return f"<!doctype html>\n{el('html', head, el('body', el('main', _sections(record, flips or {}))), lang='en')}\n"
+    body = el("body", el("main", _sections(record, flips or {}, served or [])))
+    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
 
 
-def _sections(record: RunRecord, flips: dict[str, list[Flip]]) -> list[Html]:
+def _sections(record: RunRecord, flips: dict[str, list[Flip]], served: list[CandidateCost]) -> list[Html]:
     return [
         first_screen(record),
         _section("Quality against cost", quality_against_cost(record)),
@@ -44,6 +49,11 @@ def _sections(record: RunRecord, flips: dict[str, list[Flip]]) -> list[Html]:
         *([_section("Questions that flipped", answers.note(flips), answers.flipped(flips))] if flips else []),
         *([_section("How the variants were made", making.table(record))] if making.variants(record) else []),
         _section("Cost at every load", _load_notes(record), tables.cost_by_load(record)),
+        *(
+            [_section("As it serves", serving.note(record), serving.plot(record, served), serving.table(served))]
+            if served
+            else []
+        ),
         *(
             [_section("Roofline", roofline.note(record), roofline.table(record))]
             if roofline.is_measured(record)
@@ -79,7 +89,7 @@ def _table_notes(record: RunRecord) -> Html:
         "Pareto front of cost and quality.",
     ]
     if tables.slo_missed(record):
-        words.append(f"† The SLO was missed ({slo_words(record)}).")
+        words.append(f"† The SLO was missed ({facts.slo_words(record)}).")
     return el("p", " ".join(words))
 
 

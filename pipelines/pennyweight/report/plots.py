@@ -7,21 +7,13 @@ from itertools import pairwise
 
 from pennyweight.records import CandidateResult, CostPoint, RunRecord
 from pennyweight.report import facts, text
+from pennyweight.report.axes import AREA, LABEL_AREA, figure, fitting, grid, tick_text, x_tick, x_title, y_title
 from pennyweight.report.facts import QualityAxis, TradeOff
 from pennyweight.report.markup import Html, el, join
 from pennyweight.report.svg import Box, Label, Layout, Scale, linear_scale, log_scale, marker, symbol
 
-WIDTH, HEIGHT = 780.0, 450.0
-AREA = Box(52, 34, 718, 360)
-
-#: Labels may stand a little outside the axes.
-_LABEL_AREA = Box(AREA.x + 2, AREA.y - 10, AREA.width + 6, AREA.height + 6)
-
 #: Height of the strip under a logarithmic axis for values that it cannot hold: zero, and noise below zero.
 _ZERO_STRIP = 34
-
-#: Ranges wider than this factor are drawn on a logarithmic axis.
-_LOG_FROM = 6
 
 _STROKES = ("solid", "dashed", "dotted")
 
@@ -41,8 +33,8 @@ def quality_against_cost(record: RunRecord) -> Html:
     if axis is None or not points:
         return el("p", "No candidate has both a cost and a quality, so there is nothing to plot.", class_="empty")
     x, y, zero = _quality_scales(points, axis)
-    layout = Layout(_LABEL_AREA)
-    parts: list[Html | None] = [_failing_regions(axis, y, layout), *_grid(x, y), *_cost_axis(record, x)]
+    layout = Layout(LABEL_AREA)
+    parts: list[Html | None] = [_failing_regions(axis, y, layout), *grid(x, y), *_cost_axis(record, x)]
     parts += [_quality_title(axis), _zero_strip(zero)]
     places = [(point, x(point.cost), _height(point.quality, y, zero)) for point in points]
     parts.append(_front_line(facts.front(points, axis), axis, x, y, zero, layout))
@@ -56,7 +48,7 @@ def quality_against_cost(record: RunRecord) -> Html:
         parts.append(layout.set(Label(((px, py),), point.result.id, _label_class(record, point.result))))
     title = f"Quality against cost of {len(points)} candidates"
     missing = [result.id for result in record.candidates if result.id not in {p.result.id for p in points}]
-    return _figure(title, parts, _quality_caption(record, axis, points, missing))
+    return figure(title, parts, _quality_caption(record, axis, points, missing))
 
 
 def throughput_against_latency(record: RunRecord) -> Html:
@@ -65,13 +57,13 @@ def throughput_against_latency(record: RunRecord) -> Html:
     if not lines:
         return el("p", "No candidate's speed was measured, so there is nothing to plot.", class_="empty")
     everything = [point for _, points in lines for point in points]
-    x = _fitting([point.tpot_ms.p50 for point in everything], AREA.x, AREA.x + AREA.width)
-    y = _fitting([point.output_tokens_per_second for point in everything], AREA.y + AREA.height, AREA.y)
-    layout = Layout(_LABEL_AREA)
-    parts: list[Html | None] = [*_grid(x, y)]
-    parts += [_x_title("time per output token, p50 (ms)", "← faster for each user")]
-    parts += [_y_title("output tokens per second, all users together", "↑ more throughput")]
-    parts += [_x_tick(x(tick), _tick_text(tick)) for tick in x.ticks()]
+    x = fitting([point.tpot_ms.p50 for point in everything], AREA.x, AREA.x + AREA.width)
+    y = fitting([point.output_tokens_per_second for point in everything], AREA.y + AREA.height, AREA.y)
+    layout = Layout(LABEL_AREA)
+    parts: list[Html | None] = [*grid(x, y)]
+    parts += [x_title("time per output token, p50 (ms)", "← faster for each user")]
+    parts += [y_title("output tokens per second, all users together", "↑ more throughput")]
+    parts += [x_tick(x(tick), tick_text(tick)) for tick in x.ticks()]
     lines.sort(key=lambda line: line[0].id == record.winner)
     dashes = _dashes(record)
     places = {r.id: [(x(p.tpot_ms.p50), y(p.output_tokens_per_second)) for p in points] for r, points in lines}
@@ -96,7 +88,7 @@ def throughput_against_latency(record: RunRecord) -> Html:
     parts += [
         layout.set(Label((place,), words, "load", font_size=11, reach=(8, 13, 19))) for place, words in _apart(loads)
     ]
-    return _figure("Throughput against latency by concurrency", parts, _speed_caption(record, lines))
+    return figure("Throughput against latency by concurrency", parts, _speed_caption(record, lines))
 
 
 # --- quality against cost ---------------------------------------------------------------------------------------------
@@ -150,15 +142,15 @@ def _failing_regions(axis: QualityAxis, y: Scale, layout: Layout) -> Html:
 def _cost_axis(record: RunRecord, x: Scale) -> list[Html]:
     ticks = x.ticks()
     decimals = max(2, *(len(f"{tick:.6f}".rstrip("0").partition(".")[2]) for tick in ticks))
-    labels = [_x_tick(x(tick), f"${tick:.{decimals}f}" if tick else "$0") for tick in ticks]
+    labels = [x_tick(x(tick), f"${tick:.{decimals}f}" if tick else "$0") for tick in ticks]
     title = f"US dollars per 1M tokens at concurrency {facts.decide_at(record)}"
-    return [*labels, _x_title(title, "← cheaper")]
+    return [*labels, x_title(title, "← cheaper")]
 
 
 def _quality_title(axis: QualityAxis) -> Html:
     if axis.metric == "kl_mean":
-        return _y_title("mean KL divergence from the base (nats per token)", "↓ better")
-    return _y_title(text.metric_label(axis.metric), "↑ better" if axis.higher_is_better else "↓ better")
+        return y_title("mean KL divergence from the base (nats per token)", "↓ better")
+    return y_title(text.metric_label(axis.metric), "↑ better" if axis.higher_is_better else "↓ better")
 
 
 def _zero_strip(zero: float | None) -> Html | None:
@@ -232,12 +224,6 @@ def _drawable(result: CandidateResult) -> list[CostPoint]:
     )
 
 
-def _fitting(values: list[float], start: float, end: float) -> Scale:
-    if max(values) / min(values) > _LOG_FROM:
-        return log_scale(values, start, end)
-    return linear_scale(values, start, end, zero=True)
-
-
 def _apart(loads: list[tuple[tuple[float, float], str]]) -> list[tuple[tuple[float, float], str]]:
     """The same number stands once for points that nearly coincide: twice, 1 and 1 would read as 11."""
     kept: list[tuple[tuple[float, float], str]] = []
@@ -268,15 +254,8 @@ def _speed_caption(record: RunRecord, lines: list[tuple[CandidateResult, list[Co
         strokes = [f"{_STROKES[dash]} {name}" for name, dash in _dashes(record).items() if name in drawn]
         notes.append(el("p", f"Lines: {', '.join(strokes)}."))
     if any(point.slo_met is False for _, points in lines for point in points):
-        notes.append(el("p", f"† The SLO was missed: {slo_words(record)}."))
+        notes.append(el("p", f"† The SLO was missed: {facts.slo_words(record)}."))
     return [_legend([result for result, _ in lines]), *notes]
-
-
-def slo_words(record: RunRecord) -> str:
-    """`TTFT p95 at most 2,000 ms, TPOT p95 at most 150 ms`, or nothing without an SLO."""
-    slo = facts.section(record, "benchmark").get("slo") or {}
-    names = {"ttft_p95_ms": "TTFT p95", "tpot_p95_ms": "TPOT p95"}
-    return ", ".join(f"{word} at most {slo[key]:,g} ms" for key, word in names.items() if slo.get(key))
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
@@ -293,47 +272,3 @@ def _legend(results: list[CandidateResult], ringed: str | None = None) -> Html:
     if any(result.id == ringed for result in results):
         items.insert(0, el("li", symbol("pass", ring=True), "the winner"))
     return el("ul", items, class_="legend")
-
-
-def _grid(x: Scale, y: Scale) -> list[Html]:
-    right, bottom = AREA.x + AREA.width, AREA.y + AREA.height
-    vertical = [el("line", x1=x(t), x2=x(t), y1=AREA.y, y2=bottom, class_="grid") for t in x.ticks()]
-    horizontal = [el("line", x1=AREA.x, x2=right, y1=y(t), y2=y(t), class_="grid") for t in y.ticks()]
-    labels = [
-        el("text", _tick_text(t), x=AREA.x - 8, y=y(t) + 4.5, text_anchor="end", class_="tick") for t in y.ticks()
-    ]
-    axis = el("path", d=f"M{AREA.x} {AREA.y}V{bottom}H{right}", class_="axis")
-    return [*vertical, *horizontal, axis, *labels]
-
-
-def _tick_text(value: float) -> str:
-    return text.minus(f"{value:,.10f}".rstrip("0").rstrip(".")) if abs(value) >= 1e-6 or value == 0 else f"{value:.0e}"
-
-
-def _x_tick(x: float, label: str) -> Html:
-    return el("text", label, x=x, y=AREA.y + AREA.height + 18, text_anchor="middle", class_="tick")
-
-
-def _x_title(title: str, better: str) -> Html:
-    baseline = AREA.y + AREA.height + 44
-    return join(
-        el("text", better, x=AREA.x, y=baseline, class_="direction"),
-        el("text", title, x=AREA.x + AREA.width, y=baseline, text_anchor="end", class_="axis-title"),
-    )
-
-
-def _y_title(title: str, better: str) -> Html:
-    words = [title, el("tspan", better, dx=12, class_="direction")]
-    return el("text", words, x=2.0, y=AREA.y - 16, class_="axis-title")
-
-
-def _figure(title: str, parts: list[Html | None], caption: list[Html]) -> Html:
-    picture = el(
-        "svg",
-        el("title", title),
-        parts,
-        viewBox=f"0 0 {WIDTH:.0f} {HEIGHT:.0f}",
-        role="img",
-        class_="plot",
-    )
-    return el("figure", picture, el("figcaption", caption))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pennyweight.records import CandidateResult, RunRecord
 from pennyweight.report import facts, text
 from pennyweight.report.markup import Html, el, join
-from pennyweight.report.plots import slo_words
 from pennyweight.report.svg import symbol
 
 
@@ -164,8 +163,8 @@ def _load(record: RunRecord) -> str | None:
     workload = facts.section(record, "benchmark").get("workload")
     if isinstance(workload, dict) and "input_tokens" in workload:
         words.append(f"{workload['input_tokens']} tokens in and {workload.get('output_tokens')} out")
-    if slo_words(record):
-        words.append(f"SLO {slo_words(record)}")
+    if facts.slo_words(record):
+        words.append(f"SLO {facts.slo_words(record)}")
     return "; ".join(words)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,8 @@ def run(checkpoint: Checkpoint, step: Recover, context: StepContext, files: Path
             raise StageError(f"this model has none of {', '.join(step.train)}", "add scales to `train`")
         windows = torch.from_numpy(context.calibration).to(context.device)
         held_out, text = windows[: step.held_out], windows[step.held_out :]
-        course = heal(student.model, teacher, trained, text, held_out, step, context.report)
+        with _compiled(step.compile, teacher, student.model):
+            course = heal(student.model, teacher, trained, text, held_out, step, context.report)
     _write(Path(checkpoint.path), student.healed_tensors(), files)
     if step.keeps_adapter:
         adapter.write(files, student.healed_adapter(), step.rank)
@@ -58,6 +61,28 @@ def run(checkpoint: Checkpoint, step: Recover, context: StepContext, files: Path
         tokens_per_second=course.tokens / course.seconds,
         seconds=time.monotonic() - begin,
     )
+
+
+@contextmanager
+def _compiled(wanted: bool, *models: Any) -> Iterator[None]:
+    """Within the block, where `wanted`, the models' passes up to their heads are compiled.
+
+    Raises StageError where the compiler cannot.
+    """
+    if not wanted:
+        yield
+        return
+    import torch._dynamo.exc
+
+    for model in models:
+        model.base_model.compile()
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StageError(f"recover: torch.compile failed: {reason}", "leave `compile` out") from error
+    finally:
+        torch.compiler.reset()
 
 
 def _write(source: Path, healed: dict[str, Any], files: Path) -> None:

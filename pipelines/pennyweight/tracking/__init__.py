@@ -6,7 +6,7 @@ a run's metrics, parameters and notes are called, and `evidence` what is registe
 
 from pennyweight.tracking.connection import check_reachable, redact, tracking_uri, ui_command
 from pennyweight.tracking.registry import Promotion, fetch_model, promote
-from pennyweight.tracking.runs import attach_files, log_run
+from pennyweight.tracking.runs import attach_files, log_run, log_serving
 
 __all__ = [
     "Promotion",
@@ -14,6 +14,7 @@ __all__ = [
     "check_reachable",
     "fetch_model",
     "log_run",
+    "log_serving",
     "promote",
     "redact",
     "tracking_uri",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pennyweight.compare import flips_of_run
+from pennyweight.errors import TrackingError
 from pennyweight.records import CandidateResult, Registered, RunRecord, Tracking
 from pennyweight.tracking import naming, registry
 from pennyweight.tracking.connection import artifact_folder, redact, session, tracking_uri
@@ -59,6 +60,24 @@ def attach_files(tracking: Tracking, run_dir: Path) -> None:
     """Put report.html, run.json and the logs as they are now beside a run that is logged already."""
     with session(f"run {tracking.run_id} was not updated") as client:
         _attach(client, tracking.run_id, run_dir)
+
+
+def log_serving(tracking: Tracking, files: Iterable[Path], measures: Mapping[str, Mapping[str, float]]) -> None:
+    """Put `files` beside a run that is logged already, and `measures` by candidate into its candidates' runs.
+
+    Raises TrackingError, where the run is logged at another place than `tracking_uri()` too.
+    """
+    here = redact(tracking_uri())
+    if here != tracking.uri:
+        raise TrackingError(f"the run was logged to {tracking.uri}, and this is {here}", "set MLFLOW_TRACKING_URI")
+    with session(f"run {tracking.run_id} was not updated") as client:
+        parent = client.get_run(tracking.run_id).info
+        now = int(1000 * time.time())
+        for run in _runs(client, parent.experiment_id, f"tags.`{PARENT}` = '{parent.run_id}'"):
+            found = measures.get(run.data.tags.get("pennyweight.candidate", ""), {})
+            _log_values(client, run.info.run_id, now, {}, [naming.Measure(*item) for item in found.items()])
+        for path in files:
+            client.log_artifact(parent.run_id, str(path))
 
 
 def _log(
