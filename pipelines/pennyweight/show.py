@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import date
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,7 +53,7 @@ def format_run(record: RunRecord) -> str:
     for result in record.candidates:
         if result.verdict.status != "base":
             lines.append(f"{result.id}: {result.verdict.status}")
-            lines += [f"    {reason}" for reason in result.verdict.reasons]
+            lines += [indent(reason, "    ") for reason in result.verdict.reasons]
     if record.registered:
         done = record.registered
         lines += ["", f"registered as {done.model} version {done.version}, alias {done.alias}"]

@@ -111,11 +111,10 @@ class Store:
             (temporary / RECORD).write_text(json.dumps(body, indent=1, sort_keys=True))
             final.parent.mkdir(parents=True, exist_ok=True)
             _move_into_place(temporary, final)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise _explain(error, self.root) from error
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) or is_full(error):
+                raise _explain(error, self.root) from error
             raise
         return Entry(stage, key, final, record, reused=False)
 
@@ -183,13 +182,21 @@ def _alive(temporary: Path) -> bool:
     return True
 
 
-def _explain(error: OSError, root: Path) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def is_full(error: BaseException) -> bool:
+    """It says that the disk is full. Libraries with writers of their own say so in words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def _explain(error: BaseException, root: Path) -> StoreError:
+    if is_full(error):
         return StoreError(
             f"no space left on the disk that holds the store {root}",
             "free some, or `pennyweight store gc`, or name a folder on another disk in PENNYWEIGHT_HOME; "
             "finished stages are kept, so run the same command again",
         )
+    assert isinstance(error, OSError)
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError(
             f"the store {root} cannot be written: {error.strerror}",

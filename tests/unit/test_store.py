@@ -88,6 +88,15 @@ def test_disk_errors_say_what_to_do(tmp_path: Path, code: int, words: str) -> No
     assert caught.value.exit_code == 4
 
 
+def test_libraries_that_say_in_words_that_the_disk_is_full_are_understood(tmp_path: Path) -> None:
+    def build(files: Path) -> dict:
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(StoreError, match="no space left"):
+        Store(tmp_path).get_or_build("stage", {}, build)
+    assert not any((tmp_path / "tmp").iterdir())
+
+
 def test_garbage_is_what_was_not_used_and_what_the_dead_left(tmp_path: Path) -> None:
     store = Store(tmp_path)
     old = store.get_or_build("stage", {"n": 1}, lambda files: {})

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from pennyweight.errors import PennyweightError, did_you_mean
+from pennyweight.store import is_full
 
 EXIT_INTERRUPTED = 130
 
@@ -46,8 +47,12 @@ def friendly(command: Callable[..., int | None]) -> Callable[..., None]:
         except Exception as error:
             if debug:
                 raise
-            say(f"error: {type(error).__name__}: {error}")
-            say("hint: this is a fault of ours or of a library; `pennyweight --debug …` shows where it happened")
+            if is_full(error):
+                message, hint = f"the disk is full: {error}", "free some and run the same command again"
+            else:
+                message = f"{type(error).__name__}: {error}"
+                hint = "this is a fault of ours or of a library; `pennyweight --debug …` shows where it happened"
+            say(f"error: {message}\nhint: {hint}")
             code = 4
         sys.exit(code or 0)
 
