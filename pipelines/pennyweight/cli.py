@@ -12,6 +12,8 @@ import click
 from pennyweight import __version__
 from pennyweight.commands.common import Commands, friendly, json_option, print_json, say
 from pennyweight.commands.load import bench, cost, list_prices
+from pennyweight.commands.models import models
+from pennyweight.commands.store import store
 from pennyweight.errors import PennyweightError, UsageError, did_you_mean
 
 
@@ -128,14 +130,25 @@ def run(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], runs: Pa
 @click.argument("run_dir", type=click.Path(path_type=Path), default=Path("runs/latest"))
 @click.option("--candidate", metavar="ID", help="List the answers of this candidate that differ.")
 @click.option("--task", metavar="NAME", help="Only those of one task.")
+@click.option("--markdown", is_flag=True, help="Print Markdown, for a pull request.")
 @limit_option
 @junit_option
 @json_option
 @friendly
-def show(run_dir: Path, candidate: str | None, task: str | None, limit: int, junit: Path | None, as_json: bool) -> int:
+def show(
+    run_dir: Path,
+    candidate: str | None,
+    task: str | None,
+    markdown: bool,
+    limit: int,
+    junit: Path | None,
+    as_json: bool,
+) -> int:
     """Print a run's outcome (the newest by default), or what one candidate answers otherwise than the base."""
     from pennyweight import show as show_
 
+    if markdown and (candidate or task):
+        raise UsageError("--markdown prints the outcome", "leave --candidate and --task out")
     record = show_.load_run(run_dir)
     if junit:
         from pennyweight import junit as junit_
@@ -146,7 +159,7 @@ def show(run_dir: Path, candidate: str | None, task: str | None, limit: int, jun
     elif as_json:
         print_json(record.model_dump(mode="json", by_alias=True))
     else:
-        click.echo(show_.format_run(record))
+        click.echo(show_.format_markdown(record) if markdown else show_.format_run(record))
     return 0
 
 
@@ -266,59 +279,8 @@ def ui(port: int) -> int:
     os.execvp(command[0], command)
 
 
-@main.group(cls=Commands)
-def store() -> None:
-    """Finished stages, kept for resume and reuse."""
-
-
-@store.command("list")
-@json_option
-@friendly
-def store_list(as_json: bool) -> int:
-    """List finished stages."""
-    from pennyweight import show as show_
-    from pennyweight.store import Store
-
-    entries = list(Store().entries())
-    if as_json:
-        print_json([{"stage": s, "key": k, "path": str(f), "used": t, "bytes": b} for s, k, f, t, b in entries])
-    else:
-        click.echo(show_.format_store(entries))
-    return 0
-
-
-@store.command("size")
-@json_option
-@friendly
-def store_size(as_json: bool) -> int:
-    """Say where the store is and how large."""
-    from pennyweight.store import Store, folder_bytes
-
-    here = Store()
-    size = folder_bytes(here.root) if here.root.exists() else 0
-    if as_json:
-        print_json({"path": str(here.root), "bytes": size})
-    else:
-        click.echo(f"{here.root}: {size / 1e6:,.0f} MB")
-    return 0
-
-
-@store.command("gc")
-@click.option("--older-than", type=float, default=30.0, show_default=True, help="Days since last use.")
-@json_option
-@friendly
-def store_gc(older_than: float, as_json: bool) -> int:
-    """Remove what has not been used for a while, and what killed runs left behind."""
-    from pennyweight.store import Store
-
-    removed, freed = Store().collect_garbage(older_than)
-    if as_json:
-        print_json({"removed": removed, "freed_bytes": freed})
-    else:
-        click.echo(f"removed {removed}, freed {freed / 1e6:,.0f} MB")
-    return 0
-
-
+main.add_command(store)
+main.add_command(models)
 main.add_command(bench)
 main.add_command(cost)
 main.add_command(list_prices)

@@ -55,6 +55,7 @@ def run(recipe: Recipe, recipe_path: Path, runs: Path, store: Store, say: Callab
     plan = make_plan(recipe, store, file=str(recipe_path))
     refuse_impossible(plan)
     folder = _make_folder(runs, recipe.name)
+    store.uses.belong_to(folder)
     with output_to(folder / LOG_FILE) as screen:
         progress = Progress(screen)
         current = Run(recipe, store, progress, plan, device=machine.resolve_device(recipe.device))

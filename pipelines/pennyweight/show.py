@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from datetime import date
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -16,6 +18,10 @@ from pennyweight.gate import point_at
 from pennyweight.recipe.prices import STALE_AFTER_DAYS, Prices, is_stale
 from pennyweight.records import RUN_SCHEMA_VERSION, CandidateResult, RunRecord
 from pennyweight.suite import metrics_of_condition
+
+if TYPE_CHECKING:
+    from pennyweight.garbage import StoreCollection
+    from pennyweight.tracking import ModelCollection
 
 SENTENCES = {
     "inconclusive": "no winner: too few samples to decide; the reasons say where",
@@ -84,7 +90,40 @@ def _levers(record: RunRecord) -> list[str]:
     return columns(rows, left=1)
 
 
+def format_markdown(record: RunRecord) -> str:
+    """The outcome for a pull request: a sentence, the table of candidates, and the reasons folded away."""
+    decide_at = record.recipe.resolved["benchmark"]["decide_at"]
+    head, *rows = _rows(record, decide_at)
+    lines = [f"### `{record.name}`", "", f"**{headline(record, decide_at)}**", ""]
+    lines += [f"| {' | '.join(head)} |", f"|---|---|{'---:|' * (len(head) - 2)}"]
+    for name, *cells in rows:
+        shown = f"**`{name}`**" if name == record.winner else f"`{name}`"
+        lines.append(f"| {' | '.join([shown, *cells])} |")
+    judged = [result for result in record.candidates if result.verdict.status != "base"]
+    if judged:
+        lines += ["", "<details><summary>Reasons</summary>", ""]
+        for result in judged:
+            lines += [f"`{result.id}`: {result.verdict.status}", ""]
+            lines += [*(f"- {_markdown(reason)}" for reason in result.verdict.reasons), ""]
+        lines.append("</details>")
+    if record.registered:
+        done = record.registered
+        lines += ["", f"Registered as `{done.model}` version {done.version}, alias `{done.alias}`."]
+    return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    escaped = re.sub(r"([\\`*_\[\]<>|~#$])", r"\\\1", text)
+    return " ".join(escaped.split())
+
+
 def _table(record: RunRecord, decide_at: int) -> list[str]:
+    return columns(_rows(record, decide_at), left=2)
+
+
+def _rows(record: RunRecord, decide_at: int) -> list[list[str]]:
+    """The table of candidates, its head first."""
     metrics = _metric_names(record)
     memory = any(result.cost and result.cost.peak_memory_bytes is not None for result in record.candidates)
     head = [
@@ -97,8 +136,7 @@ def _table(record: RunRecord, decide_at: int) -> list[str]:
         "$/1M tokens",
         "saving",
     ]
-    rows = [head, *[_row(result, metrics, decide_at, memory) for result in record.candidates]]
-    return columns(rows, left=2)
+    return [head, *[_row(result, metrics, decide_at, memory) for result in record.candidates]]
 
 
 def _metric_names(record: RunRecord) -> list[str]:
@@ -163,6 +201,32 @@ def format_store(entries: list[tuple[str, str, Path, float, int]]) -> str:
         return "the store is empty"
     lines = [f"{stage:<12} {key[:16]}  {size / 1e6:>10,.1f} MB" for stage, key, _, _, size in entries]
     return "\n".join([*lines, f"{len(entries)} results, {sum(entry[4] for entry in entries) / 1e6:,.1f} MB"])
+
+
+def format_store_collection(found: StoreCollection) -> str:
+    """What went, or would go, and what stays."""
+    rows = [["stage", "result", "last used", "MB"]]
+    for item in found.results:
+        age = (time.time() - item.used) / 86400
+        rows.append([item.stage, item.key[:16], f"{age:.0f} days ago", f"{item.bytes / 1e6:,.1f}"])
+    stays = f"{found.kept} results stay, {found.kept_bytes / 1e6:,.1f} MB"
+    return "\n".join([*(columns(rows, left=2) if found.results else []), f"{_removed(found)}; {stays}"])
+
+
+def format_models_collection(found: ModelCollection) -> str:
+    """What went, or would go, and why the rest stays."""
+    rows = [["model", "version", "candidate", "made", "MB"]]
+    for item in found.garbage:
+        cells = [item.model or "(files without a version)", item.version or "-", item.candidate or "-"]
+        rows.append([*cells, item.created[:10], f"{item.bytes / 1e6:,.1f}"])
+    lines = columns(rows, left=3) if found.garbage else []
+    lines += [f"{kept.model} version {kept.version} stays: {kept.reason}" for kept in found.kept]
+    return "\n".join([*lines, _removed(found)])
+
+
+def _removed(found: StoreCollection | ModelCollection) -> str:
+    words = ("would remove", "would free") if found.dry_run else ("removed", "freed")
+    return f"{words[0]} {found.removed}, {words[1]} {found.freed_bytes / 1e6:,.1f} MB"
 
 
 def price_rows(prices: Prices, today: date) -> dict[str, list[dict[str, Any]]]:

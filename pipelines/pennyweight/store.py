@@ -19,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from pennyweight.errors import StoreError
+from pennyweight.uses import Uses
 
 RECORD = "record.json"
+#: Where results are built before they are moved into place.
+TEMPORARY = "tmp"
 _READ_CHUNK = 1 << 20
 
 
@@ -74,10 +77,11 @@ class Store:
 
     def __init__(self, root: Path | None = None):
         self.root = root or default_root()
+        self.uses = Uses(self.root)
 
     def check_writable(self) -> None:
         """Raise StoreError when nothing can be written below the root."""
-        probe = self.root / "tmp" / f"probe-{os.getpid()}"
+        probe = self.root / TEMPORARY / f"probe-{os.getpid()}"
         try:
             probe.parent.mkdir(parents=True, exist_ok=True)
             probe.write_text("")
@@ -99,9 +103,12 @@ class Store:
         the disk is full or the store is read-only.
         """
         key = digest_of(inputs)
-        if found := self._read(stage, key):
-            return found
-        temporary = self.root / "tmp" / f"{stage}-{key[:16]}-{os.getpid()}"
+        with self.uses.steady():
+            if found := self._read(stage, key):
+                self.uses.note(stage, key)
+                return found
+        self.uses.begin()
+        temporary = self.root / TEMPORARY / f"{stage}-{key[:16]}-{os.getpid()}"
         final = self.root / stage / key
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -109,12 +116,14 @@ class Store:
             record = build(temporary / "files")
             body = {"stage": stage, "inputs": inputs, "created": time.time(), "record": record}
             (temporary / RECORD).write_text(json.dumps(body, indent=1, sort_keys=True))
-            final.parent.mkdir(parents=True, exist_ok=True)
-            _move_into_place(temporary, final)
+            with self.uses.steady():
+                final.parent.mkdir(parents=True, exist_ok=True)
+                _move_into_place(temporary, final)
+                self.uses.note(stage, key)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) or is_full(error):
-                raise _explain(error, self.root) from error
+                raise explain(error, self.root) from error
             raise
         return Entry(stage, key, final, record, reused=False)
 
@@ -122,25 +131,17 @@ class Store:
         """Forget one result, so that it is built again."""
         shutil.rmtree(entry.folder, ignore_errors=True)
 
-    def entries(self) -> Iterator[tuple[str, str, Path, float, int]]:
-        """(stage, key, folder, created, bytes) of every complete result."""
+    def results(self) -> Iterator[tuple[str, str, Path, float]]:
+        """(stage, key, folder, last use in seconds since 1970) of every complete result."""
         for record_path in sorted(self.root.glob(f"*/*/{RECORD}")):
             folder = record_path.parent
-            if folder.parent.name == "tmp":
-                continue
-            yield folder.parent.name, folder.name, folder, record_path.stat().st_mtime, folder_bytes(folder)
+            if folder.parent.name != TEMPORARY:
+                yield folder.parent.name, folder.name, folder, record_path.stat().st_mtime
 
-    def collect_garbage(self, older_than_days: float) -> tuple[int, int]:
-        """Remove results not used for that many days, and what killed runs left. Returns (removed, bytes freed)."""
-        removed = freed = 0
-        cutoff = time.time() - older_than_days * 86400
-        stale = [folder for _, _, folder, used, _ in self.entries() if used < cutoff]
-        stale += [path for path in (self.root / "tmp").glob("*-*-*") if not _alive(path)]
-        for folder in stale:
-            freed += folder_bytes(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-            removed += 1
-        return removed, freed
+    def entries(self) -> Iterator[tuple[str, str, Path, float, int]]:
+        """`results`, each with its bytes."""
+        for result in self.results():
+            yield *result, folder_bytes(result[2])
 
     def _read(self, stage: str, key: str) -> Entry | None:
         folder = self.root / stage / key
@@ -154,8 +155,12 @@ class Store:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files below `folder`. What vanishes meanwhile does not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
@@ -171,17 +176,6 @@ def _move_into_place(temporary: Path, final: Path) -> None:
             temporary.rename(final)
 
 
-def _alive(temporary: Path) -> bool:
-    pid = temporary.name.rsplit("-", 1)[-1]
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def is_full(error: BaseException) -> bool:
     """It says that the disk is full. Libraries with writers of their own say so in words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -189,7 +183,8 @@ def is_full(error: BaseException) -> bool:
     return os.strerror(errno.ENOSPC) in str(error)
 
 
-def _explain(error: BaseException, root: Path) -> StoreError:
+def explain(error: BaseException, root: Path) -> StoreError:
+    """What the user can do about an error of the disk that holds the store."""
     if is_full(error):
         return StoreError(
             f"no space left on the disk that holds the store {root}",

@@ -14,7 +14,7 @@ import yaml
 from pennyweight.compare import flips_of_run
 from pennyweight.errors import TrackingError
 from pennyweight.records import CandidateResult, Registered, RunRecord, Tracking
-from pennyweight.tracking import naming, registry
+from pennyweight.tracking import garbage, naming, registry
 from pennyweight.tracking.connection import artifact_folder, redact, session, tracking_uri
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _discard(client: MlflowClient, experiment_id: str, parent: str) -> None:
     for run in _runs(client, experiment_id, f"tags.`{PARENT}` = '{parent}'"):
         for model in client.search_logged_models([experiment_id], f"source_run_id = '{run.info.run_id}'"):
             if model.model_uri not in taken:
-                client.delete_logged_model(model.model_id)
+                garbage.remove_files(client, model)
         client.delete_run(run.info.run_id)
     client.delete_run(parent)
 
