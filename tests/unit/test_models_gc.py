@@ -133,7 +133,8 @@ def test_a_version_that_got_an_alias_meanwhile_stays(store: Path, client: Any, m
     assert (folder / "artifacts" / "model.onnx").read_bytes() == b"weights 2"
 
 
-def test_what_a_version_elsewhere_refers_to_stays(store: Path, client: Any) -> None:
+def test_what_a_version_elsewhere_refers_to_stays(store: Path, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking.tracking_uri())  # MLflow looks sources up there
     register_versions(store, "original", 3)
     folder = folder_of(client, "original", 2)
     client.copy_model_version("models:/original/1", "copied")
@@ -143,6 +144,8 @@ def test_what_a_version_elsewhere_refers_to_stays(store: Path, client: Any) -> N
     assert [(item.version, item.model_id, item.bytes) for item in found.garbage] == [("2", None, 0)]
     assert {item.version: item.reason for item in found.kept}["1"] == "copied version 1 is a copy of it"
     assert (folder / "artifacts" / "model.onnx").read_bytes() == b"weights 2"
+    client.delete_model_version("original", "1")
+    assert collect_models(None, keep=1000, older_than_days=0).removed == 0  # the copy has its original's files
     assert tracking.fetch_model("models:/copied/1", store / "fetched").is_dir()
 
 

@@ -187,7 +187,7 @@ def _unreferenced(
     gone = {(version.name, str(version.version)) for version in doomed}
     referred, freed = set(), set()
     for version in versions:
-        ids = _MODEL_ID.findall(version.source or "")
+        ids = _logged_models_of(client, version)
         (freed if (version.name, str(version.version)) in gone else referred).update(ids)
     if only_doomed:
         found = [model for model_id in sorted(freed - referred) if (model := _logged_model(client, model_id))]
@@ -198,6 +198,14 @@ def _unreferenced(
         for model in found
         if _is_ours(model) and (model.model_id in freed or not _may_be_wanted(client, model, cutoff))
     }
+
+
+def _logged_models_of(client: MlflowClient, version: ModelVersion) -> list[str]:
+    """Ids of the logged models that hold a version's files; those of a copy are its original's, deleted or not."""
+    source = version.source or ""
+    if _COPY.fullmatch(source):
+        source = client.get_model_version_download_uri(version.name, str(version.version)) or ""
+    return _MODEL_ID.findall(source)
 
 
 def _logged_models(client: MlflowClient) -> Iterator[LoggedModel]:
@@ -290,7 +298,7 @@ def _remove(
 ) -> list[ModelGarbage]:
     """Remove what still has no reason to stay, all versions before any files. Returns what went."""
     gone = [item for item in garbage if item.model is None or _delete_version(client, item, keep, cutoff)]
-    referred = {model_id for version in _versions(client) for model_id in _MODEL_ID.findall(version.source or "")}
+    referred = {model_id for version in _versions(client) for model_id in _logged_models_of(client, version)}
     removed = []
     for item in gone:
         if item.model_id in referred:

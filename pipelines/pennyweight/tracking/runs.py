@@ -170,7 +170,9 @@ def _attach(client: MlflowClient, run_id: str, run_dir: Path) -> None:
 
 
 def _experiment(client: MlflowClient, name: str) -> str:
-    """The id of the recipe's experiment, created where there is none."""
+    """The id of the recipe's experiment, created where there is none, by us or by another pipeline meanwhile."""
+    from mlflow import MlflowException
+
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
     folder = artifact_folder(tracking_uri())
@@ -178,7 +180,13 @@ def _experiment(client: MlflowClient, name: str) -> str:
     note = "Runs of one Pennyweight recipe: each run is a recipe run, with its candidates nested in it."
     # The UI asks what kind of work an experiment is until this tag says so.
     tags = {"mlflow.note.content": note, "mlflow.experimentKind": "custom_model_development"}
-    return client.create_experiment(name, artifact_location=location, tags=tags)
+    try:
+        return client.create_experiment(name, artifact_location=location, tags=tags)
+    except MlflowException as error:
+        found = client.get_experiment_by_name(name)
+        if error.error_code != "RESOURCE_ALREADY_EXISTS" or found is None or found.lifecycle_stage == "deleted":
+            raise
+        return found.experiment_id
 
 
 def _runs(client: MlflowClient, experiment_id: str, condition: str) -> list[Run]:
