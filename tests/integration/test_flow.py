@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 from command import pennyweight
 
+from pennyweight.store import folder_digest
+
+#: What of a candidate lies in the store.
+PARTS = ("checkpoint", "candidate")
+
 
 def kill_inside(stage: str, cwd: Path, store: Path) -> None:
     """Run the tiny recipe and kill its process group as soon as that stage has begun to write."""
@@ -186,6 +191,27 @@ def test_a_repeated_run_does_nothing_twice(finished: Path) -> None:
     assert all(stage["reused"] for stage in after["stages"] if stage["stage"] != "track")
     assert outcome(after) == outcome(before)
     assert after["registered"]["version"] == before["registered"]["version"]
+
+
+def test_the_store_keeps_what_a_run_uses(finished: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(finished / "store", tmp_path / "store")
+
+    def collect(cwd: Path) -> dict[str, Any]:
+        done = pennyweight("store", "gc", "--older-than", "0", "--json", cwd=cwd, store=store)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert collect(tmp_path)["removed"] == 0
+    shutil.rmtree(store / "uses")  # the store forgets the run; its record still names its checkpoints and candidates
+    found = collect(finished)
+    paths = [Path(result[part]["path"]) for result in latest(finished)["candidates"] for part in PARTS]
+    here = finished / "store"  # the base lies in a folder of its own
+    named = {path.relative_to(here) for path in paths if path.is_relative_to(here)}
+    assert found["removed"] > 0
+    assert found["kept"] == len(named)
+    for path in named:
+        assert folder_digest(store / path) == folder_digest(here / path)
+    assert collect(tmp_path)["kept"] == 0
 
 
 def test_show_report_and_promote(finished: Path) -> None:
