@@ -48,6 +48,7 @@ class Server:
             "MLFLOW_FLASK_SERVER_SECRET_KEY": "of-the-forms",
             "AWS_SECRET_ACCESS_KEY": "of-no-store",
             "MLFLOW_ARTIFACTS_DESTINATION": str(self.artifacts),
+            "MLFLOW_WORKERS": "1",  # it starts sooner, and its threads answer at once all the same
         }
         self._environment = {
             **os.environ,
