@@ -1,6 +1,6 @@
-"""What comes with Pennyweight: recipes, suites, tasks, data pins and prices.
+"""What comes with Pennyweight: recipes, suites, tasks, data pins, prices, and the script that gates a model in CI.
 
-In a wheel they lie in `pennyweight/shipped`; in a checkout, `recipes/` and `evals/` at its top level.
+In a wheel they lie in `pennyweight/shipped`; in a checkout, `recipes/`, `evals/` and `ci/` at its top level.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).parent
 
 @cache
 def root() -> Path:
-    """The folder that holds `recipes/` and `evals/`."""
+    """The folder that holds `recipes/`, `evals/` and `ci/`."""
     inside = _PACKAGE / "shipped"
     return inside if inside.is_dir() else _PACKAGE.parents[1]
 
