@@ -60,7 +60,7 @@ docs: $(READY) ## generate docs/reference and recipes/schema.json
 ui: $(READY) ## open the MLflow UI on the store that runs are logged to
 	$(PENNYWEIGHT) ui
 
-promote: $(READY) ## make MODEL's challenger the champion, after checking its files and its evidence
+promote: $(READY) ## make MODEL's challenger the champion, once it has proved to be what passed the gate
 	$(PENNYWEIGHT) promote $(MODEL)
 
 doctor: $(READY) ## say what this machine has and what each runtime can do here

@@ -11,6 +11,7 @@ import click
 
 from pennyweight import __version__
 from pennyweight.commands.common import Commands, friendly, json_option, print_json, say
+from pennyweight.commands.lifecycle import history, promote, rollback
 from pennyweight.commands.load import bench, cost, list_prices
 from pennyweight.commands.models import models
 from pennyweight.commands.store import store
@@ -231,21 +232,9 @@ def report(run_dir: Path, log: bool) -> int:
     return 0
 
 
-@main.command()
-@click.argument("model")
-@click.option("--version", type=int, help="A version; the challenger by default.")
-@json_option
-@friendly
-def promote(model: str, version: int | None, as_json: bool) -> int:
-    """Make the challenger the champion, after its files' digests and its gate evidence are checked."""
-    from pennyweight import tracking
-
-    done = tracking.promote(model, version)
-    if as_json:
-        print_json(done.model_dump(mode="json"))
-    else:
-        click.echo(done.describe())
-    return 0
+main.add_command(promote)
+main.add_command(rollback)
+main.add_command(history)
 
 
 @main.command()

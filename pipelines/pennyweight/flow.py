@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pennyweight import gate, machine, stages
 from pennyweight.benchmark.prices import price_of
@@ -32,6 +32,7 @@ from pennyweight.records import (
     CandidateResult,
     Checkpoint,
     LeverReport,
+    Probe,
     QualityReport,
     RecipeRef,
     RunRecord,
@@ -39,6 +40,9 @@ from pennyweight.records import (
 )
 from pennyweight.stages import Run
 from pennyweight.store import Store, digest_of, file_digest
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
@@ -116,6 +120,7 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
             "candidates": results,
             "stages": current.times,
             "levers": _levers(current, winner, candidates, texts),
+            "probe": _probe(current, looker, candidates[winner], seen[winner], texts) if winner else None,
             "notes": [*_notes(recipe, benchmark), *scheme_notes(recipe), *texts.notes],
             "seconds": time.perf_counter() - begin,
         }
@@ -135,6 +140,14 @@ def _levers(
         return []
     draft = candidates.get(f"{spec.draft}@{candidates[winner].runtime}")
     return stages.levers(current, candidates[winner], draft, texts)
+
+
+def _probe(current: Run, looker: Looker, winner: Candidate, seen: list[Look], texts: stages.Texts) -> Probe | None:
+    """What the winner said of a little text. Without it the winner is registered all the same, and promoted by force
+    alone."""
+    with current.forgiving(winner.id, {}):
+        return stages.probe(current, winner, looker.windows(), seen[0].ours, texts)
+    return None
 
 
 class Looker:
@@ -161,6 +174,11 @@ class Looker:
             if recipe.on_inconclusive == "extend" and candidate.variant != "base":
                 sources = gate.to_extend(recipe, seen, self.totals, recipe.imitates_base(candidate.variant))
         return seen
+
+    def windows(self) -> dict[str, np.ndarray]:
+        """The text of the first look, int64 (windows, length) by name in the suite."""
+        part, _ = self._reference(0, set(self._run.recipe.evaluate.first_sizes()))
+        return part.inputs.windows
 
     def _reference(self, look: int, sources: set[str]) -> tuple[stages.Part, stages.Reference]:
         key = (look, frozenset(sources))

@@ -308,6 +308,21 @@ class Verdict(Record):
     conditions: list[ConditionResult] = []
 
 
+class Probe(Record):
+    """What the winner said of a little text when it was judged, so that whoever loads its files can ask again."""
+
+    text: str = Field(description="name of the text in the suite")
+    windows: list[list[int]] = Field(description="token ids")
+    log_probs: list[list[float]] = Field(
+        description="natural logarithm of the probability of each next token, so one fewer than a window has tokens"
+    )
+    engine: dict[str, Any] = Field(
+        description="what said it: runtime, versions of its libraries, device, instruction set, threads"
+    )
+    tolerance: float = Field(description="nats per token that another engine or machine may differ by")
+    same_engine_tolerance: float = Field(description="nats per token that the same engine may differ by")
+
+
 class Registered(Record):
     model: str
     version: str
@@ -371,6 +386,7 @@ class RunRecord(Record):
     candidates: list[CandidateResult] = []
     stages: list[StageTime] = []
     levers: list[LeverReport] = Field([], description="settings of its engine that were tried on the winner")
+    probe: Probe | None = Field(None, description="what the winner said of a little text")
     price: Price | None = None
     ceilings: Measured | None = Field(None, description="the machine's speed in the benchmark's session")
     energy_counters: list[str] = Field([], description="what joules were counted by")

@@ -14,14 +14,13 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pennyweight import shipped, sources
+from pennyweight import shipped, sources, tracking
 from pennyweight.errors import SourceError, StoreError, UsageError
 from pennyweight.recipe import Base
 from pennyweight.sources import wheels
@@ -525,11 +524,8 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, offline: str, message: str
 
 
 def registry(monkeypatch: Any, deliver: Any) -> None:
-    """Stand in for the tracking module, whose own tests talk to MLflow."""
-    module = ModuleType("pennyweight.tracking")
-    module.fetch_model = deliver
-    monkeypatch.setitem(sys.modules, "pennyweight.tracking", module)
-    monkeypatch.setattr("pennyweight.tracking", module, raising=False)
+    """Stand in for the registry, whose own tests talk to MLflow."""
+    monkeypatch.setattr(tracking, "fetch_model", deliver)
 
 
 def test_a_registered_model_is_a_base(tmp_path: Path, store: Store, monkeypatch: Any) -> None:

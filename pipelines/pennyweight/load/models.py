@@ -220,7 +220,7 @@ def _of_run(target: str) -> Model:
 
 def _registered(target: str, store: Store, stack: ExitStack) -> Model:
     from pennyweight import tracking
-    from pennyweight.tracking.evidence import EVIDENCE
+    from pennyweight.tracking.evidence import EVIDENCE, candidate_in
 
     uri = target if target.startswith("models:") else f"models:/{target}"
     fetched = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pennyweight-")))
@@ -232,9 +232,7 @@ def _registered(target: str, store: Store, stack: ExitStack) -> Model:
     name = uri.removeprefix("models:/")
     if not (folder / EVIDENCE).is_file():
         return replace(_folder(folder, target, store), name=name)
-    evidence = json.loads((folder / EVIDENCE).read_text())
-    checkpoint = {**evidence["checkpoint"], "path": str(folder)}
-    candidate = Candidate.model_validate({**evidence["candidate"], "path": str(folder), "checkpoint": checkpoint})
+    candidate = candidate_in(folder, json.loads((folder / EVIDENCE).read_text()))
     return Model(target, name, candidate, candidate.checkpoint if candidate.runtime == "transformers" else None)
 
 

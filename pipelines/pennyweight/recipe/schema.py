@@ -25,6 +25,8 @@ class Base(Section):
     """dtype that the checkpoint is stored in. `auto`: its own; bfloat16 for a GGUF file."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless this line says otherwise."""
+    license: str = ""
+    """The model's licence, an SPDX identifier or a name, for the card and the bill of materials of what is made of it."""
 
 
 class Runtimes(Section):

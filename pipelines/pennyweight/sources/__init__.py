@@ -167,12 +167,15 @@ def describe_folder(folder: Path, origin: str, store: Store) -> tuple[Checkpoint
 def _from_registry(base: Base, store: Store) -> tuple[Checkpoint, bool]:
     """A registered model. An alias moves, so it is asked for each time, and the store goes by what has come."""
     from pennyweight import tracking
+    from pennyweight.tracking.evidence import DOCUMENTS
 
     scratch = store.root / "tmp" / f"models-fetch-{os.getpid()}"
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         tracking.fetch_model(base.uri, scratch)
         folder = _model_folder(scratch, base.uri)
+        for name in DOCUMENTS:  # they are about the registered model, and would be taken for what is made of it
+            (folder / name).unlink(missing_ok=True)
         _check_config(checkpoints.read_config(folder), base)
         described = checkpoints.describe(folder, base.uri)
 

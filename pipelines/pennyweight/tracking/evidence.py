@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pennyweight.records import CandidateResult, RunRecord
+from pennyweight.records import Candidate, CandidateResult, RunRecord
 from pennyweight.store import digest_of, file_digest
 
 #: Its name, at the top of the candidate's folder.
 EVIDENCE = "pennyweight.json"
-EVIDENCE_VERSION = 1
+EVIDENCE_VERSION = 2
+#: Names of what else is registered beside the judged files: for people, for machines, and the signature of it all.
+CARD, BOM, SIGNATURE = "MODEL_CARD.md", "mlbom.cdx.json", "model.sig"
+DOCUMENTS = (EVIDENCE, CARD, BOM, SIGNATURE)
+
+#: What a registered file may be: weights and graphs without code, and text. `.data` are the tensors of an ONNX file,
+#: `.model` and `.tiktoken` are tokenizers.
+HARMLESS = (".safetensors", ".onnx", ".data", ".gguf", ".json", ".txt", ".jinja", ".model", ".tiktoken", ".md")
+#: What can run code when it is loaded: pickles and programs.
+HARMFUL = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".py", ".pyc", ".so", ".dll", ".dylib")
 
 
-def make_evidence(record: RunRecord, result: CandidateResult, files: Mapping[str, str]) -> dict[str, Any]:
-    """Why a candidate may be served, as JSON: `files` maps the names of its files to their sha256."""
+def make_evidence(
+    record: RunRecord, result: CandidateResult, files: Mapping[str, str], documents: Mapping[str, str]
+) -> dict[str, Any]:
+    """Why a candidate may be served, as JSON: `files` maps the names of its files to their sha256, `documents` those of
+    the card and the bill of materials."""
     assert result.candidate is not None
     shown = json.loads(result.model_dump_json())  # what is not finite becomes null
     return {
@@ -24,20 +36,34 @@ def make_evidence(record: RunRecord, result: CandidateResult, files: Mapping[str
         "candidate": {**shown["candidate"], "path": None, "checkpoint": None},
         "checkpoint": {**shown["candidate"]["checkpoint"], "path": None},
         "files": dict(files),
+        "documents": dict(documents),
         "verdict": shown["verdict"],
         "quality": (shown["quality"] or {}).get("metrics"),
         "cost": shown["cost"],
         "price": record.price and record.price.model_dump(mode="json"),
+        "probe": record.probe and record.probe.model_dump(mode="json"),
         "base": record.base,
         "recipe": {"name": record.name, "digest": record.recipe.digest},
         "run": {"started_at": record.started_at, "environment": record.environment},
     }
 
 
+def candidate_in(folder: Path, evidence: Mapping[str, Any]) -> Candidate:
+    """The candidate that evidence is of, its files in `folder`."""
+    checkpoint = {**evidence["checkpoint"], "path": str(folder)}
+    return Candidate.model_validate({**evidence["candidate"], "path": str(folder), "checkpoint": checkpoint})
+
+
 def file_digests(folder: Path) -> dict[str, str]:
-    """Relative name → sha256 of all files below `folder` but the evidence."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / EVIDENCE)
+    """Relative name → sha256 of all files below `folder` but the evidence and the signature."""
+    own = (folder / EVIDENCE, folder / SIGNATURE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def expected_digests(evidence: Mapping[str, Any]) -> dict[str, str]:
+    """What `file_digests` must find, by evidence of any version."""
+    return {**evidence["files"], **evidence.get("documents", {})}
 
 
 def digest_of_files(files: Mapping[str, str]) -> str:
@@ -54,3 +80,13 @@ def describe_difference(expected: Mapping[str, str], found: Mapping[str, str]) -
     ]
     more = [f"and {len(changes) - 5} more"] if len(changes) > 5 else []
     return ", ".join(changes[:5] + more)
+
+
+def unknown_formats(names: Iterable[str]) -> list[str]:
+    """Files that are none of safetensors, ONNX, GGUF and text."""
+    return [name for name in names if (suffix := Path(name).suffix.lower()) and suffix not in HARMLESS]
+
+
+def harmful_formats(names: Iterable[str]) -> list[str]:
+    """Files that can run code when they are loaded."""
+    return [name for name in names if Path(name).suffix.lower() in HARMFUL]

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pennyweight.records import CandidateResult, CostPoint, RunRecord
+from pennyweight.gate.words import number
+from pennyweight.records import CandidateResult, CostPoint, RunRecord, Verdict
 from pennyweight.store import digest_of
 from pennyweight.tracking.connection import redact
 
@@ -298,6 +299,32 @@ def describe_saving(point: CostPoint | None) -> str:
     if point is None or point.saving is None:
         return ""
     return f"{point.saving.value:.0%} ({100 * point.saving.low:.0f} to {point.saving.high:.0%})"
+
+
+def describe_verdict(verdict: Verdict) -> str:
+    """`pass: 5 of 5 conditions`; the verdict alone where the conditions are not known."""
+    decided = [item.status for item in verdict.conditions if item.status != "info"]
+    return f"{verdict.status}: {decided.count('pass')} of {len(decided)} conditions" if decided else verdict.status
+
+
+def describe_quality(result: CandidateResult) -> str:
+    """What the gate judged quality by, values or differences from the base: `kl_mean 0.0089; piqa/acc_norm −0.003`.
+    Where it says nothing, the divergence."""
+    seen = {item.name: item.value for item in result.verdict.conditions if item.value is not None}
+    metrics = result.quality.metrics if result.quality else {}
+    shown = {name: value for name, value in seen.items() if not name.startswith("saving")}
+    if not shown and "kl_mean" in metrics:
+        shown = {"kl_mean": metrics["kl_mean"].value}
+    return "; ".join(f"{name} {number(value)}" for name, value in shown.items())
+
+
+def describe_cost(point: CostPoint | None) -> str:
+    """`$0.084 per 1M tokens at 1, saves 49% (45 to 53%)`."""
+    if point is None:
+        return ""
+    saving = describe_saving(point)
+    what = f"${point.usd_per_1m_tokens:.3g} per 1M tokens at {point.concurrency}"
+    return f"{what}, saves {saving}" if saving else what
 
 
 def _plain(value: Any) -> str:
