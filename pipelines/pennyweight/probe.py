@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: Windows of text that are asked again, and tokens of each at most.
 WINDOWS, LENGTH = 2, 256
 #: Nats per token where runtime, libraries, device and instruction set are those that judged: batches alone differ.
-SAME_ENGINE_TOLERANCE = 0.002
+SAME_ENGINE_TOLERANCE = 0.001
 #: Tokens of the smoke prompt, and of its answer at most.
 PROMPT, ANSWER = 32, 16
 #: Nats that an answer's token may lie below the best one, scored alone: batching and caches change low bits.

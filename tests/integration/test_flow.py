@@ -218,9 +218,16 @@ def test_show_report_and_promote(finished: Path) -> None:
     shown = pennyweight("show", cwd=finished, store=finished / "store")
     assert shown.returncode == 0
     assert "winner: int8@onnxruntime" in shown.stdout
-    promoted = pennyweight("promote", "tiny", cwd=finished, store=finished / "store")
+    promoted = pennyweight("promote", "tiny", "--json", cwd=finished, store=finished / "store")
     assert promoted.returncode == 0, promoted.stderr
-    assert "champion" in promoted.stdout
+    trial = json.loads(promoted.stdout)["checks"]["trial"]
+    assert trial["same_engine"]
+    assert 0 <= trial["divergence"] < 1e-6
+    assert trial["answer_tokens"] > 0
+    history = pennyweight("history", "tiny", cwd=finished, store=finished / "store")
+    assert "tiny: challenger is version 1, champion is version 1" in history.stdout
+    back = pennyweight("rollback", "tiny", cwd=finished, store=finished / "store")
+    assert (back.returncode, "no previous version to go back to" in back.stderr) == (2, True)
     again = json.loads(pennyweight("show", "--json", cwd=finished, store=finished / "store").stdout)
     assert again["winner"] == "int8@onnxruntime"
 

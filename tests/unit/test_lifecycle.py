@@ -90,7 +90,7 @@ def test_promoting_moves_champion_and_previous_and_says_what_was_checked(store: 
     assert aliases_of(client, "moved") == {"challenger": "2", "champion": "2", "previous": "1"}
     assert second.describe().startswith(
         "moved version 2 (int8@onnxruntime) is the champion now: its files are those that passed the gate; "
-        "version 1 is previous\nloaded: 0 of 0.002 nats per token on 510 tokens, in the engine that judged"
+        "version 1 is previous\nloaded: 0 of 0.001 nats per token on 510 tokens, in the engine that judged"
     )
     trial = second.checks.trial
     assert (trial.tokens, trial.answer_tokens, trial.same_engine) == (2 * 255, 16, True)
@@ -600,6 +600,7 @@ def test_the_history_explains_itself_in_the_registry(store: Path, client: Any) -
     assert "The history of the registered model `shown`" in model.description
     version = client.get_model_version("shown.history", "1")
     assert version.source == "models:/shown/1"
+    assert version.run_id == client.get_model_version("shown", "1").run_id
     assert version.description.startswith("**promote**: shown version 1 (int8@onnxruntime) became champion.")
     assert "a test" in version.description and "loaded: " in version.description
     assert (version.tags["pennyweight.action"], version.tags["pennyweight.why"]) == ("promote", "a test")

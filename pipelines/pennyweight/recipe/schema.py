@@ -26,7 +26,7 @@ class Base(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless this line says otherwise."""
     license: str = ""
-    """The model's licence, an SPDX identifier or a name, for the card and the bill of materials of what is made of it."""
+    """The model's licence, an SPDX identifier or a name: for the card and the bill of materials of its variants."""
 
 
 class Runtimes(Section):

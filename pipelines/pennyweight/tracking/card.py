@@ -152,7 +152,7 @@ def _point(point: CostPoint) -> tuple[str, ...]:
         f"{point.ttft_ms.p95:.0f}",
         f"{point.tpot_ms.p95:.1f}",
         f"{point.usd_per_1m_tokens:.4f}",
-        naming.describe_saving(point),
+        naming.describe_saving(point) if point.saving and math.isfinite(point.saving.value) else "",
     )
 
 
