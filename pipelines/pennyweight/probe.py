@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from pennyweight import doctor, installed, machine, runtimes
 from pennyweight.errors import PennyweightError, StageError, UsageError
@@ -33,6 +32,8 @@ class UnavailableError(UsageError):
 class Trial(Record):
     """What loaded files said to a probe."""
 
+    model_config = ConfigDict(extra="ignore")  # histories outlive versions of this program
+
     tokens: int = Field(description="compared with the judged ones")
     divergence: float = Field(
         description="nats per token from what was judged: half the mean squared difference of the tokens' "
@@ -44,7 +45,6 @@ class Trial(Record):
     same_engine: bool = Field(description="runtime, libraries, device and instruction set are those that judged")
     answer_tokens: int = Field(description="of the answer to the smoke prompt")
     answer_gap: float = Field(description="most that one of them lies below the best token, scored alone, nats")
-    seconds: float
 
     def describe(self) -> str:
         engine = "the engine that judged" if self.same_engine else "another engine or machine than judged"
@@ -84,18 +84,16 @@ def check_available(candidate: Candidate, device: str) -> None:
 
 
 def try_out(candidate: Candidate, probe: Probe) -> Trial:
-    """Load a candidate in the runtime that it was judged in, ask it the probe, and let it answer a prompt.
+    """Load a candidate in the runtime that it was judged in, and `confirm` it.
 
-    Raises UnavailableError where its runtime is not on this machine, and StageError where it cannot be loaded, does not
-    say what was judged, or does not answer.
+    Raises UnavailableError where its runtime is not on this machine, StageError where it cannot be loaded or confirmed.
     """
-    device, begin = probe.engine["device"], time.perf_counter()
+    device = probe.engine["device"]
     check_available(candidate, device)
     session = None
     try:
         session = runtimes.get(candidate.runtime).load(candidate, device)
-        differences = ask(session, probe)
-        tokens, gap = answer(session, np.array(probe.windows[0], np.int64))
+        return confirm(candidate, session, probe)
     except PennyweightError:
         raise
     except Exception as error:  # engines raise whatever a file makes them trip over
@@ -106,7 +104,16 @@ def try_out(candidate: Candidate, probe: Probe) -> Trial:
     finally:
         if session is not None:
             session.close()
-    same = runtimes.key(candidate.runtime, device) == probe.engine
+
+
+def confirm(candidate: Candidate, session: Session, probe: Probe) -> Trial:
+    """Ask a loaded candidate the probe, and let it answer a prompt. The session must have nothing else to do.
+
+    Raises StageError where it does not say what was judged, or does not answer.
+    """
+    differences = ask(session, probe)
+    tokens, gap = answer(session, np.array(probe.windows[0], np.int64))
+    same = runtimes.key(candidate.runtime, probe.engine["device"]) == probe.engine
     trial = Trial(
         tokens=differences.size,
         divergence=float((differences**2).mean() / 2),
@@ -116,7 +123,6 @@ def try_out(candidate: Candidate, probe: Probe) -> Trial:
         same_engine=same,
         answer_tokens=tokens,
         answer_gap=gap,
-        seconds=time.perf_counter() - begin,
     )
     _refuse(candidate, trial)
     return trial

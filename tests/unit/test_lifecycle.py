@@ -592,6 +592,18 @@ def test_versions_and_changes_that_were_deleted(store: Path, client: Any) -> Non
     assert [entry.number for entry in tracking.history("deleted").entries] == [1, 2, 4, 5]
 
 
+def test_a_history_that_a_later_version_wrote_can_be_read(store: Path, client: Any) -> None:
+    register(store, "newer")
+    tracking.promote("newer")
+    change = json.loads(client.get_model_version("newer.history", "1").tags[ledger.CHANGE])
+    change["ticket"] = change["checks"]["weather"] = change["checks"]["trial"]["mood"] = "fine"
+    client.set_model_version_tag("newer.history", "1", ledger.CHANGE, json.dumps(change))
+    assert states("newer") == [("promote", "1", None, "done")]
+    client.set_model_version_tag("newer.history", "1", ledger.CHANGE, "{}")
+    with pytest.raises(TrackingError, match=r"version 1 of newer\.history is no entry of a history"):
+        tracking.history("newer")
+
+
 def test_the_history_explains_itself_in_the_registry(store: Path, client: Any) -> None:
     register(store, "shown")
     tracking.promote("shown", reason="a test")

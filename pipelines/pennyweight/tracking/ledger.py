@@ -12,6 +12,7 @@ the aliases as it says (`complete`).
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import socket
@@ -20,7 +21,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from pennyweight.errors import TrackingError
 from pennyweight.probe import Trial
@@ -48,6 +49,8 @@ State = Literal["begun", "done", "void", "failed"]
 class Checks(Record):
     """What was checked of a version before it became champion."""
 
+    model_config = ConfigDict(extra="ignore")
+
     verdict: str = Field(description="of the gate")
     files_digest: str = Field(description="sha256 that its files were found to have, as judged")
     evidence_digest: str
@@ -57,7 +60,9 @@ class Checks(Record):
 
 
 class Change(Record):
-    """One change of the champion."""
+    """One change of the champion. What a later version of this program adds to it is not read, and not lost."""
+
+    model_config = ConfigDict(extra="ignore")
 
     key: str = Field(default_factory=lambda: uuid4().hex, description="that its writer knows it by")
     action: Action
@@ -161,7 +166,8 @@ def append(client: MlflowClient, model: str, after: int, change: Change) -> Entr
         assert failure
         raise failure
     if mine.state == "void":
-        mark(client, model, mine.number, "void", "another change came first")
+        with contextlib.suppress(Exception):  # every reader sees that without the mark, which is for people
+            mark(client, model, mine.number, "void", "another change came first")
         _refuse_overtaken([entry for entry in entries if entry.number < mine.number], model, after)
     return mine
 
