@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_tracking import aliases_of, log, make_run, model_folder
+from test_tracking import aliases_of, log, make_run, model_folder, register_versions
 
 from pennyweight import checkpoints, installed, probe, runtimes, tracking
 from pennyweight.cli import main
@@ -53,24 +53,12 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 def register(
     store: Path, name: str, count: int = 1, change: Callable[[RunRecord], RunRecord] = lambda record: record
 ) -> list[RunRecord]:
-    """Runs of one recipe whose winners differ, each registered as a new version of `name`."""
-    records = []
-    for number in range(1, count + 1):
-        record = make_run(store / name / str(number), name, model=name)
-        base, result = record.candidates
-        folder = Path(result.candidate.path)
-        (folder / "model.onnx").write_bytes(f"{name} {number}".encode())
-        candidate = result.candidate.model_copy(update={"digest": folder_digest(folder)})
-        record = record.model_copy(
-            update={
-                "started_at": f"2026-11-24T00:00:0{number}+00:00",
-                "candidates": [base, result.model_copy(update={"candidate": candidate})],
-                "probe": bigrams.probe_of(candidate),
-            }
-        )
-        records.append(change(record))
-        log(records[-1])
-    return records
+    """As `register_versions`, each with what its winner says."""
+
+    def probed(record: RunRecord) -> RunRecord:
+        return change(record.model_copy(update={"probe": bigrams.probe_of(record.candidates[1].candidate)}))
+
+    return register_versions(store, name, count, probed)
 
 
 def states(model: str) -> list[tuple[str, str, str | None, str]]:

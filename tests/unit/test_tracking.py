@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +359,25 @@ def test_files_that_were_not_judged_are_not_registered(store: Path, client: Any)
     with pytest.raises(TrackingError, match="are not those that were judged"):
         log(record)
     assert client.search_registered_models("name = 'swapped-model'") == []
+
+
+def register_versions(
+    store: Path, name: str, count: int, change: Callable[[RunRecord], RunRecord] = lambda record: record
+) -> list[RunRecord]:
+    """Runs of one recipe whose winners differ, each registered as a new version of `name`."""
+    records = []
+    for number in range(1, count + 1):
+        record = make_run(store / name / str(number), name, model=name)
+        record = record.model_copy(update={"started_at": f"2026-11-24T00:00:0{number}+00:00"})
+        result = record.candidates[1]
+        folder = Path(result.candidate.path)
+        (folder / "model.onnx").write_bytes(f"weights {number}".encode())
+        candidate = result.candidate.model_copy(update={"digest": folder_digest(folder)})
+        result = result.model_copy(update={"candidate": candidate})
+        record = change(record.model_copy(update={"candidates": [record.candidates[0], result]}))
+        log(record)
+        records.append(record)
+    return records
 
 
 def test_fetching_tampered_files_is_refused(store: Path, client: Any, tmp_path: Path) -> None:

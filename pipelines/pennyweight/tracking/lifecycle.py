@@ -125,7 +125,7 @@ def _change(
 ) -> Promotion:
     if force and not reason.strip():
         raise UsageError("--force needs a --reason, which is kept in the history")
-    with session(f"{model}: {action} failed") as client:
+    with session(f"{model} was not {'promoted' if action == 'promote' else 'rolled back'}") as client:
         aliases_of(client, model)  # there is such a model
         entries, mended = ledger.settle(client, model)
         aliases, last = aliases_of(client, model), ledger.last_that_counts(entries)
