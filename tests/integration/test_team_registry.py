@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bigrams
 import postgres
 import pytest
 import yaml
@@ -142,14 +143,22 @@ def client(server: Server) -> Any:
     return MlflowClient(tracking_uri=server.uri)
 
 
-def winner_with(record: RunRecord, weights: bytes, second: int = 0) -> RunRecord:
-    """The record of another run, whose winner has these weights."""
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    bigrams.install(monkeypatch)
+
+
+def run_of(folder: Path, name: str, weights: bytes = b"weights", second: int = 0) -> RunRecord:
+    """The record of a run whose winner has these weights."""
+    record = make_run(folder, name, model=name)
     result = record.candidates[1]
     folder = Path(result.candidate.path)
     (folder / "model.onnx").write_bytes(weights)
     candidate = result.candidate.model_copy(update={"digest": folder_digest(folder)})
     candidates = [record.candidates[0], result.model_copy(update={"candidate": candidate})]
-    return record.model_copy(update={"candidates": candidates, "started_at": f"2026-11-24T00:00:{second:02}+00:00"})
+    started_at = f"2026-11-24T00:00:{second:02}+00:00"
+    changes = {"candidates": candidates, "started_at": started_at, "probe": bigrams.probe_of(candidate)}
+    return record.model_copy(update=changes)
 
 
 def versions_of(client: Any, model: str) -> list[int]:
@@ -167,7 +176,7 @@ def stored(server: Server, client: Any, model: str, version: str) -> Path:
 
 
 def test_a_run_is_recorded_registered_promoted_and_fetched(server: Server, client: Any, tmp_path: Path) -> None:
-    record = make_run(tmp_path, "served", model="served")
+    record = run_of(tmp_path, "served")
     logged, registered = log(record)
     assert logged.uri == server.uri
     assert registered.version == "1"
@@ -187,7 +196,7 @@ def test_who_has_no_login_or_no_right_changes_nothing(
 ) -> None:
     from mlflow import MlflowException
 
-    log(make_run(tmp_path, "guarded", model="guarded"))
+    log(run_of(tmp_path, "guarded"))
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(TrackingError, match="guarded was not promoted") as caught:
         tracking.promote("guarded")
@@ -199,23 +208,26 @@ def test_who_has_no_login_or_no_right_changes_nothing(
     with pytest.raises(MlflowException, match="Permission denied"):
         client.delete_model_version("guarded", "1")
     monkeypatch.undo()
+    bigrams.install(monkeypatch)
+    assert tracking.history("guarded").entries == []
     assert aliases_of(client, "guarded") == {"challenger": "1"}
+    assert tracking.promote("guarded").changed
     assert versions_of(client, "guarded") == [1]
 
 
 def test_a_server_that_is_killed_and_started_again_loses_nothing(
     server: Server, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = winner_with(make_run(tmp_path / "1", "killed", model="killed"), b"weights 1", 1)
+    first = run_of(tmp_path / "1", "killed", b"weights 1", 1)
     log(first)
     tracking.promote("killed")
     before = folder_digest(stored(server, client, "killed", "1"))
-    second = winner_with(make_run(tmp_path / "2", "killed", model="killed"), b"weights 2", 2)
+    second = run_of(tmp_path / "2", "killed", b"weights 2", 2)
     samples = {result.id: Path(result.quality.samples_path) for result in second.candidates}
 
     # Its files are uploaded, and the version is not made yet.
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "version_note", _killing(server, registry.version_note))
+        patch.setattr(registry, "make_description", _killing(server, registry.make_description))
         failed = flow.track(second, samples)
     assert failed.registered is None
     assert failed.tracking is None
@@ -272,10 +284,7 @@ def at_once(work: Callable[[int], Any], count: int) -> list[Any]:
 
 
 def test_two_pipelines_at_once_register_two_versions(server: Server, client: Any, tmp_path: Path) -> None:
-    records = [
-        winner_with(make_run(tmp_path / str(number), "twice", model="twice"), f"weights {number}".encode(), number)
-        for number in range(2)
-    ]
+    records = [run_of(tmp_path / str(number), "twice", f"weights {number}".encode(), number) for number in range(2)]
     registered = at_once(lambda number: log(records[number])[1].version, 2)
     assert sorted(registered) == ["1", "2"]
     for number, version in enumerate(registered):
@@ -284,6 +293,22 @@ def test_two_pipelines_at_once_register_two_versions(server: Server, client: Any
     assert aliases_of(client, "twice").keys() == {"challenger"}
     assert tracking.promote("twice", 1).changed
     assert tracking.promote("twice", 2).replaced == "1"
+    assert tracking.rollback("twice", reason="it is odd").version == "1"
+    assert aliases_of(client, "twice")["champion"] == "1"
+    assert [entry.change.action for entry in tracking.history("twice").entries] == ["promote", "promote", "rollback"]
+
+
+def test_of_two_promotions_at_once_one_wins(server: Server, client: Any, tmp_path: Path) -> None:
+    for number in range(3):
+        log(run_of(tmp_path / str(number), "raced", f"weights {number}".encode(), number))
+    tracking.promote("raced", 3)
+    outcomes = at_once(lambda number: tracking.promote("raced", number + 1).version, 2)
+    (winner,) = [outcome for outcome in outcomes if outcome in ("1", "2")]
+    assert aliases_of(client, "raced") == {"challenger": "3", "champion": winner, "previous": "3"}
+    assert [entry.change.version for entry in tracking.history("raced").entries if entry.state == "done"] == [
+        "3",
+        winner,
+    ]
 
 
 @pytest.mark.parametrize("through", ["server", "database"])
@@ -315,7 +340,7 @@ def test_of_four_that_create_one_name_at_once_one_wins(
 
 def test_garbage_is_freed_at_the_server(server: Server, client: Any, tmp_path: Path) -> None:
     for number in range(2):
-        log(winner_with(make_run(tmp_path / str(number), "full", model="full"), f"weights {number}".encode(), number))
+        log(run_of(tmp_path / str(number), "full", f"weights {number}".encode(), number))
     folders = [stored(server, client, "full", str(version)) for version in (1, 2)]
     kept = folder_digest(folders[1])
     size = sum(path.stat().st_size for path in folders[0].rglob("*") if path.is_file())

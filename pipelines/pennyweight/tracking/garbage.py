@@ -21,6 +21,7 @@ from pennyweight.errors import UsageError, did_you_mean
 from pennyweight.records import Record
 from pennyweight.store import folder_bytes
 from pennyweight.tracking.connection import is_missing, session, tracking_uri
+from pennyweight.tracking.ledger import CHANGE, LEDGER
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -111,7 +112,7 @@ def remove_files(client: MlflowClient, model: LoggedModel) -> None:
 
 
 def _models(client: MlflowClient, model: str | None) -> list[str]:
-    known = [found.name for found in _pages(client.search_registered_models)]
+    known = [found.name for found in _pages(client.search_registered_models) if LEDGER not in found.tags]
     if model is None:
         return known
     if model not in known:
@@ -120,8 +121,8 @@ def _models(client: MlflowClient, model: str | None) -> list[str]:
 
 
 def _versions(client: MlflowClient) -> list[ModelVersion]:
-    """Every version of every model."""
-    return list(_pages(client.search_model_versions))
+    """Every version of every model. Entries of histories name versions, and hold none."""
+    return [version for version in _pages(client.search_model_versions) if CHANGE not in version.tags]
 
 
 def _reason_to_keep(

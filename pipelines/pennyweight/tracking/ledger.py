@@ -36,6 +36,8 @@ CHAMPION, PREVIOUS = "champion", "previous"
 
 #: Tag of a registered model that is a history; its value names the model.
 LEDGER = "pennyweight.ledger"
+#: Tag of a registered model; its value names its history.
+HISTORY = "pennyweight.history"
 CHANGE, STATE, NOTE = "pennyweight.change", "pennyweight.state", "pennyweight.note"
 
 #: Seconds that a change which another process has just written has to be done, before it is taken for abandoned.
@@ -251,6 +253,8 @@ def _create(client: MlflowClient, model: str) -> None:
         f"why and what was checked. It holds no model of its own; `pennyweight history {model}` prints it. "
         "Pennyweight reads it before it moves an alias, so leave it as it is."
     )
+    # Whoever may not change the model must not begin a change either, which the next command would finish.
+    client.set_registered_model_tag(model, HISTORY, name)
     try:
         client.create_registered_model(name, tags={LEDGER: model}, description=note)
     except MlflowException as error:
