@@ -93,7 +93,7 @@ def prepare(
         texts = read_texts(options.text) if options.text else _shipped_text(store)
     if model is None:
         place: Place = _endpoint(options)
-        tokenizer = _tokenizer(options.tokenizer)
+        tokenizer = named_tokenizer(options.tokenizer)
     else:
         place, tokenizer = _engine(options, model, _demand(options, shape, loads), store, stack, say)
     return Settings(
@@ -144,7 +144,7 @@ def _engine(
     """The model in this process, and its tokenizer."""
     from pennyweight.load import models
 
-    tokenizer = _tokenizer(options.tokenizer) or models.load_tokenizer(model)
+    tokenizer = named_tokenizer(options.tokenizer) or models.load_tokenizer(model)
     engine = models.open_engine(model, options.runtime, demand, options.stop_at_eos, store, stack, say)
     if options.tokenizer and len(tokenizer) > engine.vocabulary:
         raise UsageError(
@@ -226,7 +226,8 @@ def _shipped_text(store: Store) -> list[str]:
     return list(datasets.texts(path))
 
 
-def _tokenizer(name: str | None) -> Any:
+def named_tokenizer(name: str | None) -> Any:
+    """The tokenizer that an option names; None where it names none. Raises UsageError."""
     if name is None:
         return None
     from transformers import AutoTokenizer

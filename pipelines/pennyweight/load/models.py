@@ -62,11 +62,20 @@ class Demand:
     """(tokens in, tokens out) of requests that it has."""
     users: int | None
     """Requests in flight at once at most; None where arrivals decide."""
+    cut: bool = False
+    """Longer requests than the model's context are not sent."""
+
+    def within(self, context: int | None) -> Demand:
+        """What is asked of a model with this context, where `cut` holds: no more, and at least half of it to be read."""
+        if not self.cut or context is None:
+            return self
+        sizes = [(min(into, context - min(out, context // 2)), min(out, context // 2)) for into, out in self.sizes]
+        return replace(self, sizes=sizes)
 
 
 def open_engine(
     model: Model, runtime: RuntimeName | None, demand: Demand, stop_at_eos: bool, store: Store, stack: ExitStack,
-    say: Callable[[str], None],
+    say: Callable[[str], None], log_name: str = LOG,
 ) -> Engine:  # fmt: skip
     """A model in this process, loaded and warm; `stack` closes it.
 
@@ -75,7 +84,7 @@ def open_engine(
     """
     names = _runtimes_for(model, runtime)
     store.check_writable()
-    log = store.root / LOG
+    log = store.root / log_name
     log.unlink(missing_ok=True)
     say(f"loading {model.name}; what libraries print is in {log}")
     if model.note:
@@ -104,6 +113,7 @@ def _open(model: Model, name: RuntimeName, demand: Demand, stop_at_eos: bool, st
         assert model.checkpoint
         candidate = stages.export_alone(model.checkpoint, name, device, store)
     limits = kind.limits(candidate)
+    demand = demand.within(limits.context)
     check_context(limits, demand)
     at_once = check_room(limits, loaded_bytes(candidate), machine.free_memory(device), demand)
     session = kind.load(candidate, device)
@@ -114,7 +124,7 @@ def _open(model: Model, name: RuntimeName, demand: Demand, stop_at_eos: bool, st
     except BaseException:
         session.close()
         raise
-    return Engine(model.target, model.name, name, kind.batching, session, limits.vocabulary, stop_at_eos)
+    return Engine(model.target, model.name, name, kind.batching, session, limits.vocabulary, stop_at_eos, candidate)
 
 
 # --- whether it fits --------------------------------------------------------------------------------------------------
@@ -186,10 +196,15 @@ def _runtimes_for(model: Model, wanted: RuntimeName | None) -> tuple[RuntimeName
 # --- what a target names ----------------------------------------------------------------------------------------------
 
 
+def is_registered(target: str) -> bool:
+    """Whether a target has the form NAME@ALIAS, and is no file of that name."""
+    return bool(_REGISTERED.fullmatch(target)) and not Path(target).exists()
+
+
 def find(target: str, store: Store, stack: ExitStack) -> Model:
     """What a target names. What it fetches goes with `stack`. Raises UsageError, SourceError, TrackingError."""
     path = Path(target)
-    if target.startswith("models:") or (_REGISTERED.fullmatch(target) and not path.exists()):
+    if target.startswith("models:") or is_registered(target):
         return _registered(target, store, stack)
     if path.is_file() and path.suffix == ".gguf":
         return _gguf(path.absolute(), target)

@@ -37,6 +37,33 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one request are chosen."""
+
+    temperature: float = 0.0
+    """0: always the likeliest."""
+    top_p: float = 1.0
+    seed: int | None = None
+    logprobs: int | None = None
+    """Give the log-probability of each token, under the model's own distribution, and so many of the likeliest beside it."""
+
+
+GREEDY = Sampling()
+#: Alternatives that `Sampling.logprobs` may ask for.
+MOST_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model thought of one token."""
+
+    logprob: float
+    """In nats."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens at its place with their log-probabilities, best first."""
+
+
+@dataclass(frozen=True)
 class Progress:
     """What one request got in one step."""
 
@@ -47,6 +74,18 @@ class Progress:
     at: float
     """When they were there, in seconds of `time.perf_counter`."""
     finished: bool
+    scored: list[Scored] | None = None
+    """For each of `tokens`, where the request asked for log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How busy a session is."""
+
+    running: int
+    """Requests at work; the others in flight wait."""
+    cache: float | None
+    """Share of its cache of keys and values that is in use; None where it keeps no account of it."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +124,13 @@ class Session(Protocol):
         wave ends when every request has: what stands behind the token is then meaningless.
         """
 
-    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> int:
-        """Queue the greedy continuation of `ids`, int64 (length,), by `new_tokens` tokens. Returns its number.
+    def objection(self, sampling: Sampling) -> str | None:
+        """Why this session cannot choose tokens so; None where it can. May be asked from any thread."""
 
-        With `stop` it may end earlier, with the model's end-of-sequence token.
+    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False, sampling: Sampling = GREEDY) -> int:
+        """Queue the continuation of `ids`, int64 (length,), by `new_tokens` tokens. Returns its number.
+
+        With `stop` it may end earlier, with a token of `ends`.
         """
 
     def step(self) -> list[Progress]:
@@ -96,6 +138,15 @@ class Session(Protocol):
 
         Raises what the engine raises; the requests in flight are then to be cancelled.
         """
+
+    def abort(self, request: int) -> None:
+        """Give up one request; nothing more is heard of it. One that is finished may be named too."""
+
+    def occupancy(self) -> Occupancy:
+        """How busy it was in the last step."""
+
+    def ends(self) -> list[int]:
+        """Tokens that end a sequence. May be asked from any thread once the session has generated."""
 
     def cancel(self) -> None:
         """Give up all requests that are not finished."""

@@ -20,7 +20,7 @@ from pennyweight.quantization.grid import QuantizedLinear
 from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import Limits, RuntimeKind, onnx_embedding
 from pennyweight.runtimes.onnx_integers import MODEL, check_integers, drop_symmetric_zero_points
-from pennyweight.runtimes.waves import Waves
+from pennyweight.runtimes.waves import Choose, Waves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -241,10 +241,14 @@ class OnnxSession(Waves):
             binding.synchronize_outputs()
         return torch.from_numpy(output)
 
-    def columns(self, ids: np.ndarray, new_tokens: int, stop: bool) -> Iterator[np.ndarray]:
-        return self._columns_of(self._load_generator(), ids, new_tokens, stop)
+    def columns(
+        self, ids: np.ndarray, new_tokens: int, stop: bool, choose: Choose | None = None
+    ) -> Iterator[np.ndarray]:
+        return self._columns_of(self._load_generator(), ids, new_tokens, stop, choose)
 
-    def _columns_of(self, model: Any, ids: np.ndarray, new_tokens: int, stop: bool) -> Iterator[np.ndarray]:
+    def _columns_of(
+        self, model: Any, ids: np.ndarray, new_tokens: int, stop: bool, choose: Choose | None
+    ) -> Iterator[np.ndarray]:
         import numpy as np
         import onnxruntime_genai as og
 
@@ -256,6 +260,8 @@ class OnnxSession(Waves):
         generator = og.Generator(model, params)
         generator.append_tokens(np.ascontiguousarray(ids, np.int32))
         for _ in range(new_tokens):
+            if choose is not None:
+                _leave_only(choose(generator.get_logits()[:, -1]), generator)
             generator.generate_next_token()
             yield np.array(generator.get_next_tokens(), np.int64)
             if stop and generator.is_done():
@@ -299,6 +305,16 @@ class OnnxSession(Waves):
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._generator = og.Model(config)
         return self._generator
+
+
+def _leave_only(tokens: np.ndarray, generator: Any) -> None:
+    """Make a greedy generator take these tokens, (requests,), next."""
+    import numpy as np
+
+    logits = np.asarray(generator.get_logits())
+    logits = np.full_like(logits, np.finfo(logits.dtype).min)
+    logits[np.arange(len(tokens)), -1, tokens] = 0
+    generator.set_logits(logits)
 
 
 RUNTIME = RuntimeKind(

@@ -6,6 +6,7 @@ What is judged is what serves: the same precisions and the same dynamic quantiza
 from __future__ import annotations
 
 import itertools
+import secrets
 import shutil
 import tempfile
 import time
@@ -18,7 +19,17 @@ from pennyweight import machine
 from pennyweight.errors import StageError
 from pennyweight.formats import gguf
 from pennyweight.records import Candidate, Checkpoint
-from pennyweight.runtimes import MOST_AT_ONCE, Generation, Limits, Progress, RuntimeKind
+from pennyweight.runtimes import (
+    GREEDY,
+    MOST_AT_ONCE,
+    Generation,
+    Limits,
+    Occupancy,
+    Progress,
+    RuntimeKind,
+    Sampling,
+    Scored,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,6 +127,28 @@ def _file(path: Path) -> Path:
     return path / MODEL if path.is_dir() else path
 
 
+@dataclass
+class _Flying:
+    """A request in flight."""
+
+    handle: Any
+    sampling: Sampling
+
+    def read(self) -> tuple[list[int], list[Scored] | None]:
+        """The tokens that are new, and what the model thought of them."""
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while self.handle.can_read():
+            for output in self.handle.read().values():
+                tokens += output.generated_ids
+                if self.sampling.logprobs is not None:
+                    logprobs += output.generated_log_probs
+        if self.sampling.logprobs is None:
+            return tokens, None
+        alone = self.sampling.logprobs == 0
+        return tokens, [Scored(top[1], () if alone else (top,)) for top in zip(tokens, logprobs)]
+
+
 class OpenVinoSession:
     """Scores through the graph that OpenVINO GenAI makes of the file, generates through its continuous batching; each
     is loaded when first used."""
@@ -126,7 +159,7 @@ class OpenVinoSession:
         self._scorer: Any = None
         self._generator: Any = None
         self._numbers = itertools.count()
-        self._flying: dict[int, Any] = {}
+        self._flying: dict[int, _Flying] = {}
         self.context: int | None = limits(candidate).context
         self.at_once = MOST_AT_ONCE
 
@@ -166,14 +199,26 @@ class OpenVinoSession:
         reached = reached or [time.perf_counter()]
         return Generation(reached[0] - start, np.diff(reached).tolist(), tokens)
 
-    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> int:
+    def objection(self, sampling: Sampling) -> str | None:
+        """OpenVINO GenAI tells the log-probability of the token that it took, and of no other."""
+        most = 1 if sampling.temperature == 0 else 0  # the likeliest is the one that is taken
+        if (sampling.logprobs or 0) > most:
+            return "openvino gives the log-probability of the token that is chosen, and of no alternatives"
+        return None
+
+    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False, sampling: Sampling = GREEDY) -> int:
         import numpy as np
         import openvino
         import openvino_genai
 
         pipeline, number = self._load_generator(), next(self._numbers)
         settings = openvino_genai.GenerationConfig()
-        settings.max_new_tokens, settings.do_sample, settings.ignore_eos = new_tokens, False, not stop
+        settings.max_new_tokens, settings.ignore_eos = new_tokens, not stop
+        settings.do_sample = sampling.temperature > 0
+        if settings.do_sample:
+            settings.temperature, settings.top_p = sampling.temperature, sampling.top_p
+            settings.rng_seed = secrets.randbits(32) if sampling.seed is None else sampling.seed % 2**32
+        settings.logprobs = int(sampling.logprobs is not None)
         if stop:
             settings.eos_token_id = pipeline.get_tokenizer().get_eos_token_id()
             settings.stop_token_ids = {settings.eos_token_id}
@@ -182,7 +227,7 @@ class OpenVinoSession:
         if self._settings.prompt_lookup:
             settings.max_ngram_size = LOOKED_UP_TOKENS
         prompt = openvino.Tensor(np.ascontiguousarray(ids[None], np.int64))
-        self._flying[number] = pipeline.add_request(number, prompt, settings)
+        self._flying[number] = _Flying(pipeline.add_request(number, prompt, settings), sampling)
         return number
 
     def step(self) -> list[Progress]:
@@ -192,21 +237,40 @@ class OpenVinoSession:
         now = time.perf_counter()
         over = not self._generator.has_non_finished_requests()
         found = []
-        for number, handle in list(self._flying.items()):
-            tokens: list[int] = []
-            while handle.can_read():
-                tokens += [token for output in handle.read().values() for token in output.generated_ids]
-            finished = over or handle.get_status() != openvino_genai.GenerationStatus.RUNNING
+        for number, flying in list(self._flying.items()):
+            tokens, scored = flying.read()
+            finished = over or flying.handle.get_status() != openvino_genai.GenerationStatus.RUNNING
             if finished:
                 del self._flying[number]
             if tokens or finished:
-                found.append(Progress(number, tokens, now, finished))
+                found.append(Progress(number, tokens, now, finished, scored))
         return found
 
+    def abort(self, request: int) -> None:
+        """Its blocks of the cache are free after the next step."""
+        flying = self._flying.pop(request, None)
+        if flying is not None:
+            flying.handle.cancel()
+        if not self._flying:
+            self._empty()
+
+    def occupancy(self) -> Occupancy:
+        if self._generator is None:
+            return Occupancy(0, None)
+        metrics = self._generator.get_metrics()
+        return Occupancy(metrics.scheduled_requests, metrics.cache_usage / 100)
+
+    def ends(self) -> list[int]:
+        return [self._load_generator().get_tokenizer().get_eos_token_id()]
+
     def cancel(self) -> None:
-        for handle in self._flying.values():
-            handle.cancel()
+        for flying in self._flying.values():
+            flying.handle.cancel()
         self._flying.clear()
+        self._empty()
+
+    def _empty(self) -> None:
+        """Let the engine put away what was cancelled."""
         while self._generator is not None and self._generator.has_non_finished_requests():
             self._generator.step()
 

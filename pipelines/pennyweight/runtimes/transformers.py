@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import Limits, RuntimeKind
-from pennyweight.runtimes.waves import Waves
+from pennyweight.runtimes.waves import Choose, Waves
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,21 +79,26 @@ class TransformersSession(Waves):
     def head(self) -> torch.nn.Module:
         return self.model.get_output_embeddings()
 
-    def columns(self, ids: np.ndarray, new_tokens: int, stop: bool) -> Iterator[np.ndarray]:
+    def columns(
+        self, ids: np.ndarray, new_tokens: int, stop: bool, choose: Choose | None = None
+    ) -> Iterator[np.ndarray]:
         import torch
 
         token, past = torch.from_numpy(ids).to(self._device), None
         for _ in range(new_tokens):
-            token, past = self._next(token, past, stop)
+            token, past = self._next(token, past, stop, choose)
             yield token.cpu().numpy()[:, 0]  # the copy waits for the device, so the times are the device's
 
-    def _next(self, ids: torch.Tensor, past: Any, stop: bool) -> tuple[torch.Tensor, Any]:
+    def _next(self, ids: torch.Tensor, past: Any, stop: bool, choose: Choose | None) -> tuple[torch.Tensor, Any]:
         """The token (requests, 1) that follows `ids`, which follow what `past` holds; and what it then holds."""
         import torch
 
         with torch.inference_mode():
             output = self.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
             logits = output.logits[:, -1:]
+            if choose is not None:
+                chosen = choose(logits[:, 0].float().cpu().numpy())
+                return torch.from_numpy(chosen)[:, None].to(self._device), output.past_key_values
             if not stop and (ends := self.ends()):
                 logits[..., ends] = -torch.inf
             return logits.argmax(-1), output.past_key_values

@@ -5,14 +5,19 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pennyweight.runtimes import MOST_AT_ONCE, Generation, Progress
+from pennyweight.runtimes import GREEDY, MOST_AT_ONCE, Generation, Occupancy, Progress, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from pennyweight.runtimes.sampling import Chooser
+
+#: Logits, float (requests, vocabulary) → the token of each, int64 (requests,).
+Choose = Callable[["np.ndarray"], "np.ndarray"]
 
 
 @dataclass
@@ -22,6 +27,7 @@ class _Request:
     left: int
     """Tokens that it still gets; 0: it is finished."""
     stop: bool
+    sampling: Sampling
 
     @property
     def kind(self) -> tuple[int, bool]:
@@ -42,12 +48,16 @@ class Waves(ABC):
         self._waiting: list[_Request] = []
         self._wave: list[_Request] = []
         self._columns: Iterator[np.ndarray] = iter(())
+        self._chooser: Chooser | None = None
 
     @abstractmethod
-    def columns(self, ids: np.ndarray, new_tokens: int, stop: bool) -> Iterator[np.ndarray]:
-        """Continue `ids`, int64 (requests, length), greedily: `new_tokens` times the next token of each, (requests,).
+    def columns(
+        self, ids: np.ndarray, new_tokens: int, stop: bool, choose: Choose | None = None
+    ) -> Iterator[np.ndarray]:
+        """Continue `ids`, int64 (requests, length): `new_tokens` times the next token of each, (requests,).
 
-        The model's end-of-sequence token is chosen with `stop` alone, and then there may be fewer.
+        `choose` chooses them; without it they are the likeliest, and the model's end-of-sequence token is chosen with
+        `stop` alone. With `stop` there may be fewer.
         """
 
     @abstractmethod
@@ -71,8 +81,11 @@ class Waves(ABC):
         times = np.diff(moments).tolist()
         return Generation(times[0], times[1:], np.stack(tokens, 1).astype(np.int64))
 
-    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False) -> int:
-        request = _Request(next(self._numbers), ids, new_tokens, stop)
+    def objection(self, sampling: Sampling) -> str | None:
+        return None
+
+    def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False, sampling: Sampling = GREEDY) -> int:
+        request = _Request(next(self._numbers), ids, new_tokens, stop, sampling)
         self._waiting.append(request)
         return request.number
 
@@ -87,13 +100,26 @@ class Waves(ABC):
             if not request.left:
                 continue
             tokens = [] if column is None else [int(column[row])]
+            scored = self._chooser.scored[row] if self._chooser else None
             request.left -= 1
             if column is None or (request.stop and tokens[0] in self.ends()):
                 request.left = 0
-            found.append(Progress(request.number, tokens, now, finished=not request.left))
-        if not any(request.left for request in self._wave):
-            self._wave, self._columns = [], iter(())
+            found.append(
+                Progress(request.number, tokens, now, not request.left, [scored] if tokens and scored else None)
+            )
+        self._end_if_done()
         return found
+
+    def abort(self, request: int) -> None:
+        """One that waits is forgotten; one in the wave keeps its row until the wave ends, unheard."""
+        self._waiting = [waiting for waiting in self._waiting if waiting.number != request]
+        for member in self._wave:
+            if member.number == request:
+                member.left = 0
+        self._end_if_done()
+
+    def occupancy(self) -> Occupancy:
+        return Occupancy(sum(request.left > 0 for request in self._wave), None)
 
     def cancel(self) -> None:
         self._waiting, self._wave, self._columns = [], [], iter(())
@@ -107,4 +133,16 @@ class Waves(ABC):
         chosen = {request.number for request in self._wave}
         self._waiting = [request for request in self._waiting if request.number not in chosen]
         longest = max(request.left for request in self._wave)
-        self._columns = self.columns(np.stack([request.ids for request in self._wave]), longest, kind[1])
+        ids = np.stack([request.ids for request in self._wave])
+        samplings = [request.sampling for request in self._wave]
+        if all(sampling.temperature == 0 and sampling.logprobs is None for sampling in samplings):
+            self._chooser, self._columns = None, self.columns(ids, longest, kind[1])
+            return
+        from pennyweight.runtimes.sampling import Chooser
+
+        self._chooser = Chooser(samplings, never=() if kind[1] else self.ends())
+        self._columns = self.columns(ids, longest, kind[1], self._chooser)
+
+    def _end_if_done(self) -> None:
+        if not any(request.left for request in self._wave):
+            self._wave, self._columns = [], iter(())

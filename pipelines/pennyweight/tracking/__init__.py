@@ -10,7 +10,7 @@ from pennyweight.tracking.audit import History, format_history, history
 from pennyweight.tracking.connection import check_reachable, redact, tracking_uri, ui_command
 from pennyweight.tracking.garbage import ModelCollection, collect_models
 from pennyweight.tracking.lifecycle import Promotion, promote, rollback
-from pennyweight.tracking.registry import fetch_model
+from pennyweight.tracking.registry import fetch_model, version_at
 from pennyweight.tracking.runs import attach_files, log_run, log_serving
 
 __all__ = [
@@ -30,4 +30,5 @@ __all__ = [
     "rollback",
     "tracking_uri",
     "ui_command",
+    "version_at",
 ]

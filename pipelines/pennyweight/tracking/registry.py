@@ -274,6 +274,22 @@ def version_of(client: MlflowClient, model: str, number: str) -> ModelVersion:
 # --- fetching ---------------------------------------------------------------------------------------------------------
 
 
+def version_at(model: str, alias: str) -> str | None:
+    """The version that an alias of a registered model points at; None where there is no such alias, or no such model.
+
+    Raises TrackingError where the registry cannot be asked.
+    """
+    from mlflow import MlflowException
+
+    with session(f"{model}@{alias} was not looked up") as client:
+        try:
+            return str(client.get_model_version_by_alias(model, alias).version)
+        except MlflowException as error:
+            if not is_missing(error) and "not found" not in str(error):
+                raise
+            return None
+
+
 def fetch_model(uri: str, dst: Path) -> Path:
     """Download a registered model's files into `dst`, which is returned.
 
