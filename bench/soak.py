@@ -2,9 +2,9 @@
 
     python bench/soak.py TARGET [--requests 2000] [--concurrency 64] [--promote VERSION] [--rescore 2000]
 
-Of ten requests one hangs up in the middle, one has a body that is no JSON or asks for nonsense, one a prompt that is too
-long; the others are plain, half of them streamed. Every prompt begins with a number of its own, and every answer must
-carry the tokens of that prompt. With --promote, `pennyweight promote` makes that version of a NAME@ALIAS the champion
+Of ten requests one hangs up in the middle, one has a body that is no JSON or asks for nonsense, one a prompt that is
+too long; the others are plain, some streamed. Every prompt begins with a number of its own, and every answer must carry
+the tokens of that prompt. With --promote, `pennyweight promote` makes that version of a NAME@ALIAS the champion
 half-way, and the server has to swap. At the end each answer's tokens are scored alone by the model whose fingerprint
 the answer carries: none may be more than 0.5 nat less likely than the best.
 """
@@ -40,7 +40,7 @@ MALFORMED: tuple[Any, ...] = (
 )  # fmt: skip
 #: Statuses that those may be refused with.
 REFUSALS = {"malformed": (400, 404), "too long": (400, 413)}
-WORDS = "river stone light garden bridge winter letter quiet small bread copper window seven northern glass".split()
+WORDS = "river stone light garden bridge winter letter quiet small bread copper window seven northern glass".split()  # noqa: SIM905
 SECONDS_TO_LOOK = 0.5
 
 
@@ -153,7 +153,8 @@ def main() -> None:
     args = parser.parse_args()
     name = args.target.partition("@")[0]
     runtime = ["--runtime", args.runtime] if args.runtime else []
-    promote = [sys.executable, "-m", "pennyweight", "promote", name, "--version", args.promote] if args.promote else None
+    promotion = [sys.executable, "-m", "pennyweight", "promote", name, "--version"]
+    promote = [*promotion, args.promote] if args.promote else None
     with ExitStack() as stack:
         model = models.find(args.target, Store(), stack)
         tokenizer = models.load_tokenizer(model)
@@ -180,7 +181,7 @@ def main() -> None:
         print(f"requests left in the server: {left:g}")
         quarter = max(1, len(sizes) // 4)
         early, late = np.mean(sizes[quarter : 2 * quarter]) / 2**20, np.mean(sizes[-quarter:]) / 2**20
-        print(f"resident: {early:.0f} MiB in the second quarter, {late:.0f} MiB in the last, peak {max(sizes) / 2**20:.0f}")
+        print(f"resident: {early:.0f} MiB in the second quarter, {late:.0f} in the last, peak {max(sizes) / 2**20:.0f}")
         for version, fingerprint in {tuple(first), tuple(last)}:
             mine = [answer[1:] for answer in soak.answers if answer[0] == fingerprint][: args.rescore]
             target = f"models:/{name}/{version}" if version else args.target

@@ -27,7 +27,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pennyweight import tracking
 from pennyweight.cli import main
 from pennyweight.errors import SourceError, StageError, TrackingError, UsageError
+from pennyweight.load.command import parse_price
 from pennyweight.load.engine import Engine
+from pennyweight.recipe import load_prices
 from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import GREEDY, Occupancy, Progress, Sampling, Scored
 from pennyweight.serving import check as check_
@@ -225,9 +227,7 @@ def test_a_completion(run: Callable[..., None], tokenizer: Any) -> None:
 def test_a_streamed_completion_says_the_same(run: Callable[..., None], tokenizer: Any) -> None:
     async def test(world: World) -> None:
         whole = (await world.complete(max_tokens=50)).json()
-        *chunks, last = events(
-            await world.complete(max_tokens=50, stream=True, stream_options={"include_usage": True})
-        )
+        *chunks, last = events(await world.complete(max_tokens=50, stream=True, stream_options={"include_usage": True}))
         assert last["choices"] == []
         assert last["usage"] == whole["usage"]
         assert {chunk["id"] for chunk in chunks} == {last["id"]}
@@ -260,7 +260,7 @@ def test_prompts_as_tokens_and_several_at_once(run: Callable[..., None], tokeniz
             mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
             prompt = tokenizer.encode(text)
             assert mine[0]["prompt_token_ids"] == prompt
-            assert sum((piece["token_ids"] for piece in mine), []) == [*(token + 1 for token in prompt), END]
+            assert [token for piece in mine for token in piece["token_ids"]] == [*(token + 1 for token in prompt), END]
             assert "prompt_token_ids" not in mine[-1]
 
     run(test, session=session)
@@ -364,8 +364,8 @@ def test_log_probabilities(run: Callable[..., None], tokenizer: Any) -> None:
         assert all(entry["top_logprobs"] == [] for entry in
                    (await world.chat(logprobs=True)).json()["choices"][0]["logprobs"]["content"])  # fmt: skip
         chunks = events(await world.complete(max_tokens=50, logprobs=0, stream=True))
-        streamed = sum((chunk["choices"][0]["logprobs"]["token_logprobs"] for chunk in chunks), [])
-        assert len(streamed) == len(ids) + 1
+        streamed = [chunk["choices"][0]["logprobs"]["token_logprobs"] for chunk in chunks]
+        assert sum(map(len, streamed)) == len(ids) + 1
         error = (await world.complete(logprobs=3)).json()["error"]
         assert error["message"] == "scripted knows no more than 2 alternatives"
 
@@ -694,8 +694,8 @@ def test_dollars_by_team_and_project(run: Callable[..., None]) -> None:
         await world.complete(max_tokens=-1)
         counts = await world.counts()
         each = (10 * 2 + 5 * 8) / 1e6
-        assert counts["pennyweight_usd_total", "tiny", "a", "x"] == pytest.approx(2 * each)
-        assert counts["pennyweight_usd_total", "tiny", "a", "y"] == pytest.approx(each)
+        assert counts["pennyweight_usd_total", "tiny", "x", "a"] == pytest.approx(2 * each)
+        assert counts["pennyweight_usd_total", "tiny", "y", "a"] == pytest.approx(each)
         assert counts["pennyweight_usd_total", "tiny", "", ""] == pytest.approx(10 / 1e6)
         for number in range(MOST_PAIRS + 20):
             await world.complete(max_tokens=1, headers={"X-Team": f"t{number}"})
@@ -879,12 +879,14 @@ def test_keys_and_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(UsageError, match="--price-per-1m"):
             read_prices(None, wrong)
     interval = {"value": 1.5, "low": 1, "high": 2}
-    price = {"name": "m", "usd_per_hour": 1.0, "usd_per_busy_hour": 1.0}
+    price = parse_price("1", load_prices(None)).model_dump(mode="json")
     card = {
         "price": price, "usd_per_hour": 1.0, "usd_per_1m_input": interval,
         "usd_per_1m_output": interval | {"value": 6}, "usd_per_idle_hour": 1.0, "mixes": [],
     }  # fmt: skip
-    file.write_text(json.dumps([{"candidate": "a@x", "card": card, "break_even": None}, {"candidate": "b@x", "card": None}]))
+    file.write_text(
+        json.dumps([{"candidate": "a@x", "card": card, "break_even": None}, {"candidate": "b@x", "card": None}])
+    )
     prices = read_prices(file, None)
     assert (prices.of("a@x"), prices.of("b@x")) == ((1.5, 6), None)
     file.write_text(json.dumps({"card": card, "api": None}))

@@ -35,7 +35,9 @@ def fallback() -> Tokenizer:
     from transformers import PreTrainedTokenizerFast
 
     letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyzT.,"]
-    vocabulary = {token: number for number, token in enumerate(["<s>", *(f"<0x{n:02X}>" for n in range(256)), *letters])}
+    vocabulary = {
+        token: number for number, token in enumerate(["<s>", *(f"<0x{n:02X}>" for n in range(256)), *letters])
+    }
     backend = Backend(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token=None))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     backend.decoder = decoders.Sequence(

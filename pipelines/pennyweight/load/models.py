@@ -66,7 +66,7 @@ class Demand:
     """Longer requests than the model's context are not sent."""
 
     def within(self, context: int | None) -> Demand:
-        """What is asked of a model with this context, where `cut` holds: no more, and at least half of it to be read."""
+        """With `cut`: what is asked of a model with this context, no more than fits, at least half of it to be read."""
         if not self.cut or context is None:
             return self
         sizes = [(min(into, context - min(out, context // 2)), min(out, context // 2)) for into, out in self.sizes]

@@ -45,7 +45,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     logprobs: int | None = None
-    """Give the log-probability of each token, under the model's own distribution, and so many of the likeliest beside it."""
+    """Tell the log-probability of each token in the model's own distribution, and so many of the likeliest beside."""
 
 
 GREEDY = Sampling()

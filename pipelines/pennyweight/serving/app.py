@@ -46,7 +46,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client closed the connection before its answer was complete."""
 
 
@@ -115,7 +115,7 @@ class Serving:
         if not self.settings.keys:
             return
         shown = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
-        if not any([hmac.compare_digest(shown, key) for key in self.settings.keys]):
+        if not sum(hmac.compare_digest(shown, key) for key in self.settings.keys):  # all of them, for equal time
             raise ApiError(
                 "this server wants an API key: Authorization: Bearer KEY", status=401, code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -187,7 +187,7 @@ class Endpoint:
                     await exchange.run(receive, reply)
             finally:
                 model.leave()
-        except ClientGone:
+        except ClientGoneError:
             return
         except ApiError as error:
             await reply.fail(error)
@@ -198,9 +198,7 @@ class Endpoint:
             serving.say(f"a request failed: {type(error).__name__}: {error}")
             await reply.fail(ApiError(f"{type(error).__name__}: {error}", status=500))
 
-    async def _prepare(
-        self, body: bytes, model: ServedModel, headers: dict[bytes, bytes], times: Times
-    ) -> Exchange:
+    async def _prepare(self, body: bytes, model: ServedModel, headers: dict[bytes, bytes], times: Times) -> Exchange:
         serving, loaded = self._serving, model.loaded
         request = read(body, ChatRequest if self._chat else CompletionRequest)
         if request.model not in (None, serving.name, serving.settings.target):
@@ -297,7 +295,7 @@ class Exchange:
         self._news.put_nowait((None, error))
 
     async def run(self, receive: Receive, reply: Reply) -> None:
-        """Answer. Raises ClientGone, ApiError, TimeoutError, or what the session raised."""
+        """Answer. Raises ClientGoneError, ApiError, TimeoutError, or what the session raised."""
         model, jobs = self._model, self._jobs
         model.jobs += len(jobs)
         self._serving.exchanges.add(self)
@@ -306,7 +304,7 @@ class Exchange:
             for job in jobs:
                 model.submit(job)
             await (self._stream(reply) if self._request.stream else self._answer(reply))
-        except ClientGone:
+        except ClientGoneError:
             self._count("abort")
             raise
         except BaseException:
@@ -386,7 +384,7 @@ class Exchange:
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self._news.put_nowait((None, ClientGone()))
+        self._news.put_nowait((None, ClientGoneError()))
 
     def _usage(self) -> Usage:
         return Usage(sum(map(len, self._prompts)), sum(answer.tokens for answer in self._answers))
@@ -416,7 +414,7 @@ class Exchange:
 
 
 async def read_body(receive: Receive, headers: dict[bytes, bytes], most: int) -> bytes:
-    """A request's body. Raises ApiError where it is too large, ClientGone where it never ends.
+    """A request's body. Raises ApiError where it is too large, ClientGoneError where it never ends.
 
     What is beyond the limit is not kept, but read on for a while: a client that still writes when the connection is
     closed does not see why.
@@ -431,7 +429,7 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], most: int) ->
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientGone
+            raise ClientGoneError
         part = message.get("body", b"")
         size += len(part)
         if size <= most:
@@ -459,7 +457,7 @@ def make_app(serving: Serving) -> FastAPI:
     @app.get("/v1/models")
     async def list_models(request: StarletteRequest) -> Response:
         try:
-            serving.check_key({name: value for name, value in request.scope["headers"]})
+            serving.check_key(dict(request.scope["headers"]))
             model = serving.admit(answers=0)
         except ApiError as error:
             return _refusal(error)

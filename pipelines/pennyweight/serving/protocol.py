@@ -37,7 +37,7 @@ UNSERVED: dict[str, tuple[Any, ...]] = {
 }
 #: Fields that change nothing in an answer.
 IGNORED = frozenset(
-    "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls priority".split()
+    "user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls priority".split()  # noqa: SIM905
 )
 
 

@@ -31,9 +31,8 @@ def serve(settings: Settings, store: Store, say: Say) -> None:
     Raises UsageError where the port is taken, and what loading the model raises.
     """
     listening = listen(settings.host, settings.port)
-    with contextlib.closing(listening):
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(settings, store, listening, say))
+    with contextlib.closing(listening), asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, store, listening, say))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -165,4 +164,3 @@ def describe(serving: Serving, loaded: Loaded) -> list[str]:
     if not settings.keys:
         lines.append("  open to all who reach it: no API keys")
     return lines
-

@@ -1,4 +1,7 @@
-"""vLLM in place of our own server, where a GPU and vLLM are there. Built from its documentation; not yet run on a GPU."""
+"""vLLM in place of our own server, where a GPU and vLLM are there.
+
+Built from its documentation; not yet run on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def environment(settings: Settings) -> dict[str, str]:
     """What vLLM is told by its environment. Raises UsageError for several keys, of which it knows one."""
     if len(settings.keys) > 1:
         raise UsageError("vLLM takes one API key from its environment", "leave one, or put a gateway before it")
-    return {KEY_VARIABLE: key.decode() for key in settings.keys}
+    return {KEY_VARIABLE: settings.keys[0].decode()} if settings.keys else {}
 
 
 #: Of activations, as vLLM calls them.
