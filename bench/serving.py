@@ -42,11 +42,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, help="of each turn; by default eight for each user")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--runtime")
+    parser.add_argument("--text", type=Path, help="that prompts are cut from; the shipped one by default")
     parser.add_argument("--port", type=int, default=8123)
     args = parser.parse_args()
     options = Options(
         args.target, runtime=args.runtime, workload=args.workload, concurrency=(args.concurrency,),
-        requests=args.requests,
+        requests=args.requests, text=args.text,
     )  # fmt: skip
     with ExitStack() as stack:
         bare = prepare(options, Store(), stack, print)

@@ -255,10 +255,10 @@ class OpenVinoSession:
             self._empty()
 
     def occupancy(self) -> Occupancy:
-        if self._generator is None:
-            return Occupancy(0, None)
+        if not self._flying:
+            return Occupancy(0, 0.0)
         metrics = self._generator.get_metrics()
-        return Occupancy(metrics.scheduled_requests, metrics.cache_usage / 100)
+        return Occupancy(min(metrics.scheduled_requests, len(self._flying)), metrics.cache_usage / 100)
 
     def ends(self) -> list[int]:
         return [self._load_generator().get_tokenizer().get_eos_token_id()]
