@@ -46,6 +46,9 @@ SMALL_STEP_TOKENS = 256
 PROPOSED_TOKENS, LOOKED_UP_TOKENS = 4, 3
 #: Bytes of the scale and the zero point that each head of each token has beside its 8-bit keys, or values.
 HEAD_BYTES = 8
+#: Kernels that are kept for shapes that were seen, in place of 5,000: steps of a server have ever new shapes, and its
+#: memory would grow with each.
+KEPT_KERNELS = 64
 
 
 def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
@@ -310,7 +313,7 @@ class OpenVinoSession:
     def _properties(self, scratch: Path) -> dict[str, Any]:
         import openvino_genai
 
-        found: dict[str, Any] = _threads()
+        found: dict[str, Any] = {**_threads(), "CPU_RUNTIME_CACHE_CAPACITY": KEPT_KERNELS}
         if self._settings.float_cache:
             found["KV_CACHE_PRECISION"] = "bf16" if machine.has_native_bf16() else "f32"
         if self._settings.prompt_lookup:

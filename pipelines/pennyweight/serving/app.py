@@ -7,6 +7,7 @@ import hmac
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
@@ -32,6 +33,8 @@ from pennyweight.serving.settings import Settings
 
 #: Characters of a prompt above which it is read into tokens beside the event loop.
 LONG_TEXT = 20_000
+#: One at a time: each thread of the C library keeps the memory that its longest prompt took.
+_READER = ThreadPoolExecutor(1, "reader")
 #: Temperature of a request that names none, as OpenAI has it.
 TEMPERATURE = 1.0
 #: Seconds that clients have to take in that their answers end, when the server does.
@@ -444,7 +447,9 @@ async def read_body(receive: Receive, headers: dict[bytes, bytes], most: int) ->
 
 async def _beside(work: Callable[[Any], list[int]], given: Any, size: int) -> list[int]:
     """Make tokens, and keep the event loop free where that takes long."""
-    return await asyncio.to_thread(work, given) if size > LONG_TEXT else work(given)
+    if size <= LONG_TEXT:
+        return work(given)
+    return await asyncio.get_running_loop().run_in_executor(_READER, work, given)
 
 
 def make_app(serving: Serving) -> FastAPI:
