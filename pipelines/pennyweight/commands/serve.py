@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import click
@@ -78,5 +79,7 @@ def serve(
                 return 0
             say(f"starting vLLM: {shlex.join(command)}")
             os.execvpe(command[0], command, os.environ | environment)
-    serve_(settings, Store(), say)
+    # Of its own: standard error goes to a log while libraries load a model.
+    with os.fdopen(os.dup(2), "w") as stderr:
+        serve_(settings, Store(), partial(print, file=stderr, flush=True))
     return 0

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from pennyweight import tracking
-from pennyweight.errors import PennyweightError, TrackingError
+from pennyweight.errors import PennyweightError, TrackingError, UsageError
 from pennyweight.serving.model import Loaded, Say
 
 CHAMPION, PREVIOUS = "champion", "previous"
@@ -31,11 +31,12 @@ class Follower:
     async def start(self) -> Loaded:
         """Load the version that the alias names; a champion that cannot be served leaves the place to `previous`.
 
-        Raises TrackingError or UsageError where there is none, and what loading raises where neither can be served.
+        Raises UsageError where there is none, TrackingError where the registry cannot be asked, and what loading raises
+        where neither can be served.
         """
         version = await asyncio.to_thread(tracking.version_at, self.name, self.alias)
         if version is None:
-            raise TrackingError(
+            raise UsageError(
                 f"{self.name} has no {self.alias}", "`pennyweight promote` makes one; or name a version: models:/NAME/N"
             )
         try:

@@ -24,6 +24,8 @@ from pennyweight.store import Store
 
 #: What exporting and loading print.
 LOG = "serve.log"
+#: Name of threads that load a model.
+LOADING = "load"
 #: Seconds that a runtime of static waves waits for company of a request that comes while it has nothing to do.
 GATHER_SECONDS = 0.02
 
@@ -144,8 +146,13 @@ async def in_thread(work: Callable[[], Loaded]) -> Loaded:
             error = raised
         loop.call_soon_threadsafe(settle, loaded, error)
 
-    threading.Thread(target=run, name="load", daemon=True).start()
+    threading.Thread(target=run, name=LOADING, daemon=True).start()
     return await done
+
+
+def is_loading() -> bool:
+    """Whether a thread of `in_thread` is at work."""
+    return any(thread.name == LOADING for thread in threading.enumerate())
 
 
 def name_of(target: str) -> str:

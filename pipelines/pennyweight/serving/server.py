@@ -16,7 +16,7 @@ from pennyweight.errors import UsageError
 from pennyweight.load import models
 from pennyweight.serving.app import Serving, make_app
 from pennyweight.serving.follow import Follower
-from pennyweight.serving.model import Loaded, Say, ServedModel, in_thread, load, name_of
+from pennyweight.serving.model import Loaded, Say, ServedModel, in_thread, is_loading, load, name_of
 from pennyweight.serving.settings import Settings
 from pennyweight.store import Store
 
@@ -78,7 +78,7 @@ async def _serve(settings: Settings, store: Store, listening: socket.socket, say
     )  # fmt: skip
     stopping = asyncio.Event()
     for number in SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, _stop, stopping, server)
+        asyncio.get_running_loop().add_signal_handler(number, _stop, stopping)
     host, port = listening.getsockname()[:2]
     say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}; not ready yet")
     running = asyncio.create_task(server.serve(sockets=[listening]))
@@ -90,22 +90,22 @@ async def _serve(settings: Settings, store: Store, listening: socket.socket, say
             say(f"stopping: {len(serving.exchanges)} requests in flight have {settings.drain_seconds:g} s to end")
             await serving.drain(settings.drain_seconds)
     finally:
-        loading = serving.model is None and not working.done()
         working.cancel()
         asked_to_stop.cancel()
         server.should_exit = True
         await asyncio.gather(running, return_exceptions=True)
-        if loading and stopping.is_set():
-            os._exit(0)  # a library that loads a model cannot be interrupted
         await serving.close()
     if working.done() and not working.cancelled() and (error := working.exception()):
         raise error
     if running.done() and not stopping.is_set() and (error := running.exception()):
         raise error
     say("stopped")
+    if is_loading():
+        os._exit(0)  # a library that loads a model cannot be interrupted, nor survive the interpreter's end
 
 
-def _stop(stopping: asyncio.Event, server: uvicorn.Server) -> None:
+def _stop(stopping: asyncio.Event) -> None:
+    """A second signal does not wait."""
     if stopping.is_set():
         os._exit(130)
     stopping.set()
