@@ -380,6 +380,17 @@ def register_versions(
     return records
 
 
+def test_an_alias_names_a_version_or_nothing(store: Path, client: Any) -> None:
+    client.create_registered_model("named")
+    number = client.create_model_version("named", source=str(store)).version
+    client.set_registered_model_alias("named", "champion", number)
+    assert tracking.version_at("named", "champion") == str(number)
+    assert tracking.version_at("named", "previous") is None
+    assert tracking.version_at("unnamed", "champion") is None
+    client.delete_model_version("named", number)
+    assert tracking.version_at("named", "champion") is None
+
+
 def test_fetching_tampered_files_is_refused(store: Path, client: Any, tmp_path: Path) -> None:
     log(make_run(store / "tampered", "tampered", model="tampered"))
     (model_folder(client, "tampered", "1") / "model.onnx").write_bytes(b"evil")

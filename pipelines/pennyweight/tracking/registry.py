@@ -279,9 +279,9 @@ def version_at(model: str, alias: str) -> str | None:
 
     Raises TrackingError where the registry cannot be asked.
     """
-    from mlflow import MlflowException
-
     with session(f"{model}@{alias} was not looked up") as client:
+        from mlflow import MlflowException
+
         try:
             return str(client.get_model_version_by_alias(model, alias).version)
         except MlflowException as error:
