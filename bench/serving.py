@@ -18,8 +18,9 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
@@ -29,9 +30,18 @@ from pennyweight import machine
 from pennyweight.load import bench
 from pennyweight.load.command import Options, prepare
 from pennyweight.load.http import Endpoint
+from pennyweight.load.requests import Asked
 from pennyweight.store import Store
 
 BAR = 0.9
+
+
+@dataclass(frozen=True)
+class Tokens(Endpoint):
+    """A server that is asked in tokens: a text made of them, and read again, can have others."""
+
+    def body(self, asked: Asked) -> dict[str, Any]:
+        return super().body(asked) | {"prompt": list(asked.ids)}
 
 
 def main() -> None:
@@ -53,7 +63,7 @@ def main() -> None:
         bare = prepare(options, Store(), stack, print)
         runtime = ["--runtime", bare.place.runtime]
         url = stack.enter_context(served([args.target, "--name", "served", *runtime], args.port))
-        http = replace(bare, place=Endpoint(url, "served"))
+        http = replace(bare, place=Tokens(url, "served"))
         turns = {"bare": bare, "server": http}
         for settings in turns.values():  # whatever is done once, is done
             bench.run(replace(settings, requests=2 * args.concurrency), lambda _: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -94,7 +94,7 @@ class EngineTarget:
                 _end(served)
         return news.finished
 
-    def _settle(self, idle: bool) -> None:
+    def _settle(self, ended: int, running: int, arrived: Callable[[], int]) -> None:
         """Wait until the event loop has done what it has to do: users who were answered have the time to ask again, as
         otherwise the next wave would begin without them."""
         settled = threading.Event()

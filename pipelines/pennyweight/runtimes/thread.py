@@ -29,7 +29,12 @@ class Job:
     """The session's, once it has been admitted."""
 
 
-def _at_once(idle: bool) -> None:
+#: Called with how many requests ended in the last step, how many are still at work, and a count of those that have
+#: arrived since; may wait for more.
+Settle = Callable[[int, int, Callable[[], int]], None]
+
+
+def _at_once(ended: int, running: int, arrived: Callable[[], int]) -> None:
     """Wait for nobody."""
 
 
@@ -37,11 +42,10 @@ class SessionThread:
     """A session at work for the event loop that is running. The thread admits what has arrived, goes a step on, and
     hands what that brought to the loop, all of a step in one call.
 
-    `settle` is called in the thread before requests are admitted, where it had nothing to do (with True) or one has
-    ended: it may wait for others to arrive.
+    `settle` is called in the thread before requests are admitted, where it had nothing to do or one has ended.
     """
 
-    def __init__(self, session: Session, settle: Callable[[bool], None] = _at_once) -> None:
+    def __init__(self, session: Session, settle: Settle = _at_once) -> None:
         self.occupancy = Occupancy(0, None)
         """After the last step."""
         self._session, self._settle = session, settle
@@ -66,16 +70,16 @@ class SessionThread:
     # What follows runs in the thread.
 
     def _work(self) -> None:
-        ended = True
+        ended = 0
         while self._admit(ended):
-            ended = bool(self._running) and self._advance()
+            ended = self._advance() if self._running else 0
         self._cancel()
 
-    def _admit(self, ended: bool) -> bool:
+    def _admit(self, ended: int) -> bool:
         """Hand what has arrived to the session; where there is nothing to do, wait for it. False: there is no more."""
         arrived = [] if self._running else [self._arrived.get()]
         if (ended or arrived) and None not in arrived:
-            self._settle(bool(arrived))
+            self._settle(ended, len(self._running), lambda: len(arrived) + self._arrived.qsize())
         while not self._arrived.empty():
             arrived.append(self._arrived.get())
         if None in arrived:
@@ -96,20 +100,21 @@ class SessionThread:
         if job.number is not None and self._running.pop(job.number, None):
             self._session.abort(job.number)
 
-    def _advance(self) -> bool:
-        """One step. Returns whether a request has ended in it."""
+    def _advance(self) -> int:
+        """One step. Returns how many requests have ended in it."""
         try:
             made = self._session.step()
             self.occupancy = self._session.occupancy()
         except Exception as error:
-            self._hand_over([(job, error) for job in self._running.values()])
+            failed = [(job, error) for job in self._running.values()]
+            self._hand_over(failed)
             self._cancel()
-            return True
+            return len(failed)
         self._hand_over([(self._running[progress.request], progress) for progress in made])
         ended = [progress.request for progress in made if progress.finished]
         for number in ended:
             del self._running[number]
-        return bool(ended)
+        return len(ended)
 
     def _hand_over(self, brought: list[tuple[Job, Progress | Exception]]) -> None:
         self._loop.call_soon_threadsafe(_receive, brought)

@@ -26,8 +26,8 @@ from pennyweight.store import Store
 LOG = "serve.log"
 #: Name of threads that load a model.
 LOADING = "load"
-#: Seconds that a runtime of static waves waits for company of a request that comes while it has nothing to do.
-GATHER_SECONDS = 0.02
+#: Seconds that requests are waited for where most have ended: at most, and after the last one.
+GATHER_SECONDS, QUIET_SECONDS = 0.02, 0.002
 
 Say = Callable[[str], None]
 
@@ -68,9 +68,7 @@ class ServedModel:
 
     def __init__(self, loaded: Loaded) -> None:
         self.loaded, self.created = loaded, int(time.time())
-        settle = _gather if loaded.engine.batching == "waves" else None
-        session = loaded.engine.session
-        self._thread = SessionThread(session, settle) if settle else SessionThread(session)
+        self._thread = SessionThread(loaded.engine.session, _gather)
         self.jobs = 0
         """In flight."""
         self._users = 0
@@ -118,10 +116,15 @@ class ServedModel:
         await asyncio.to_thread(self.loaded.stack.close)
 
 
-def _gather(idle: bool) -> None:
-    """Requests that come together are to share a wave; a wave that has begun takes no more."""
-    if idle:
-        time.sleep(GATHER_SECONDS)
+def _gather(ended: int, running: int, arrived: Callable[[], int]) -> None:
+    """Wait a moment for those who were answered to ask again, and for requests that come together, where no more are
+    at work than that: prompts that are read in one step cost less, and a wave that has begun takes no more."""
+    if running and ended <= running:
+        return
+    until, seen = time.monotonic() + GATHER_SECONDS, -1
+    while (not ended or arrived() < ended) and (not seen or arrived() > seen) and time.monotonic() < until:
+        seen = arrived()
+        time.sleep(QUIET_SECONDS)
 
 
 async def in_thread(work: Callable[[], Loaded]) -> Loaded:
