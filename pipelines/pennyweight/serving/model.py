@@ -26,8 +26,8 @@ from pennyweight.store import Store
 LOG = "serve.log"
 #: Name of threads that load a model.
 LOADING = "load"
-#: Seconds that requests are waited for where most have ended: at most, and after the last one.
-GATHER_SECONDS, QUIET_SECONDS = 0.02, 0.002
+#: Seconds that requests are waited for, at most; and for the next of those that come to an idle server together.
+GATHER_SECONDS, QUIET_SECONDS = 0.02, 0.003
 
 Say = Callable[[str], None]
 
@@ -122,7 +122,7 @@ def _gather(ended: int, running: int, arrived: Callable[[], int]) -> None:
     if running and ended <= running:
         return
     until, seen = time.monotonic() + GATHER_SECONDS, -1
-    while (not ended or arrived() < ended) and (not seen or arrived() > seen) and time.monotonic() < until:
+    while (arrived() < ended if ended else arrived() > seen) and time.monotonic() < until:
         seen = arrived()
         time.sleep(QUIET_SECONDS)
 
