@@ -89,7 +89,7 @@ def test_old_versions_go_with_their_files_and_the_rest_stays_byte_for_byte(store
     assert not folders[4].exists()
     assert {number: folder_digest(folders[number]) for number in digests} == digests
     assert tracking.promote("old", force=True, reason="nothing is known to ask").version == "6"  # its files are whole
-    assert {item.name for item in collect_models(None, keep=0, older_than_days=9).kept} == {"old"}
+    assert {item.model for item in collect_models(None, keep=0, older_than_days=9).kept} == {"old"}
     assert collect_models("old", keep=2, older_than_days=0).removed == 0
 
 

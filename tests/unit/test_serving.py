@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bigrams
 import httpx
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ from pennyweight.serving.server import listen
 from pennyweight.serving.settings import Prices, Settings, read_keys, read_prices
 from pennyweight.serving.text import REPLACEMENT, Tokenizer
 from pennyweight.store import Store
+from pennyweight.tracking.evidence import EVIDENCE
 
 END, VOCABULARY = 0, 512
 
@@ -855,6 +857,23 @@ def test_a_candidate_is_checked_on_the_path_that_requests_take(tiny_model: Path)
     ):
         with pytest.raises(StageError, match=says):
             check_.check(candidate(tiny_model), bad)
+
+
+def test_where_evidence_lies_beside_it_a_candidate_must_say_what_was_judged(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+    judged = candidate(tmp_path, "onnxruntime")
+    known = bigrams.probe_of(judged)
+    assert check_.probe_in(tmp_path) is None
+    (tmp_path / EVIDENCE).write_text(json.dumps({"probe": known.model_dump(mode="json")}))
+    assert check_.probe_in(tmp_path) == known
+    session = bigrams.Bigrams(judged, "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check_, "answer", lambda candidate, session: None)
+        bigrams.install(patch)
+        assert "on 510 tokens" in check_.check(judged, session)
+        session.table[:, 5] += 1.0
+        with pytest.raises(StageError, match="does not say here what the gate judged"):
+            check_.check(judged, session)
 
 
 def test_names() -> None:

@@ -151,6 +151,9 @@ class Session(Protocol):
     def cancel(self) -> None:
         """Give up all requests that are not finished."""
 
+    def forget_scorer(self) -> None:
+        """Give back what `logits` alone needs. The next call makes it anew."""
+
     def close(self) -> None:
         """Give the memory back."""
 

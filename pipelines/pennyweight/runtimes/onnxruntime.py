@@ -271,6 +271,12 @@ class OnnxSession(Waves):
         end = self._model["eos_token_id"]
         return [end] if isinstance(end, int) else list(end)
 
+    def forget_scorer(self) -> None:
+        import gc
+
+        self._scorer = self._buffer = None
+        gc.collect()
+
     def close(self) -> None:
         import gc
 

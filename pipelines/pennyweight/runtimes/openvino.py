@@ -277,6 +277,12 @@ class OpenVinoSession:
         while self._generator is not None and self._generator.has_non_finished_requests():
             self._generator.step()
 
+    def forget_scorer(self) -> None:
+        import gc
+
+        self._scorer = None
+        gc.collect()
+
     def close(self) -> None:
         import gc
 

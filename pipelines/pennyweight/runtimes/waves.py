@@ -50,6 +50,9 @@ class Waves(ABC):
         self._columns: Iterator[np.ndarray] = iter(())
         self._chooser: Chooser | None = None
 
+    def forget_scorer(self) -> None:
+        return  # one model does both, unless the engine says otherwise
+
     @abstractmethod
     def columns(
         self, ids: np.ndarray, new_tokens: int, stop: bool, choose: Choose | None = None

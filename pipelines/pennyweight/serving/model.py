@@ -58,7 +58,8 @@ def load(target: str, settings: Settings, store: Store, say: Say, version: str |
         demand = Demand([(settings.max_prompt_tokens, settings.max_output_tokens)], users=None, cut=True)
         engine = models.open_engine(model, settings.runtime, demand, True, store, stack, say, LOG)
         assert engine.candidate
-        check(engine.candidate, engine.session)
+        if confirmed := check(engine.candidate, engine.session):
+            say(f"it says what the gate judged: {confirmed}")
         ends = frozenset(engine.session.ends())
         return Loaded(engine, Tokenizer(tokenizer), ends, stack.pop_all(), version)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pennyweight.records import Candidate, CandidateResult, RunRecord
+from pennyweight.records import Candidate, CandidateResult, Probe, RunRecord
 from pennyweight.store import digest_of, file_digest
 
 #: Its name, at the top of the candidate's folder.
@@ -52,6 +52,13 @@ def candidate_in(folder: Path, evidence: Mapping[str, Any]) -> Candidate:
     """The candidate that evidence is of, its files in `folder`."""
     checkpoint = {**evidence["checkpoint"], "path": str(folder)}
     return Candidate.model_validate({**evidence["candidate"], "path": str(folder), "checkpoint": checkpoint})
+
+
+def probe_in(folder: Path) -> Probe | None:
+    """What the candidate in a folder said when it was judged; None where no evidence lies there that knows it."""
+    file = folder / EVIDENCE
+    known = json.loads(file.read_text()).get("probe") if file.is_file() else None
+    return Probe.model_validate(known) if known else None
 
 
 def file_digests(folder: Path) -> dict[str, str]:

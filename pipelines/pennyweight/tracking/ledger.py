@@ -149,7 +149,6 @@ def _parse(version: ModelVersion) -> Entry:
 def append(client: MlflowClient, model: str, after: int, change: Change) -> Entry:
     """Claim the next place in the history for a change. Raises TrackingError where another change came first."""
     _refuse_overtaken(read(client, model), model, after)
-    _create(client, model)
     failure = None
     try:
         client.create_model_version(
@@ -244,7 +243,12 @@ def _refuse_overtaken(entries: list[Entry], model: str, after: int) -> None:
     )
 
 
-def _create(client: MlflowClient, model: str) -> None:
+def prepare(client: MlflowClient, model: str) -> None:
+    """Make the history of a model where there is none. To be called before `append`.
+
+    Raises what MLflow does where the caller may not change the model, and TrackingError where another model has the
+    history's name.
+    """
     from mlflow import MlflowException
 
     name = ledger_name(model)

@@ -144,6 +144,7 @@ def _change(
         }
         if before == number:
             return Promotion(**facts, changed=False)
+        ledger.prepare(client, model)
         checked = _check(client, chosen, force, verify_key or signing.verify_key(), say)
         change = Change(
             action=action, version=number, replaced=before, candidate=facts["candidate"], run_id=chosen.run_id,

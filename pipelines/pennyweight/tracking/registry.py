@@ -294,8 +294,9 @@ def fetch_model(uri: str, dst: Path) -> Path:
     """Download a registered model's files into `dst`, which is returned.
 
     `uri` is `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `models:/m-ID`. Where evidence lies beside the files, they
-    are checked against it. Raises SourceError for a URI of another form, for what is not registered, and for files that
-    are not those that were registered.
+    are checked against it; where PENNYWEIGHT_VERIFY_KEY names a key, they must be signed with it. Raises SourceError
+    for a URI of another form, for what is not registered, and for files that are not those that were registered;
+    TrackingError for a signature that is missing or wrong.
     """
     match = _URI.fullmatch(uri)
     if match is None:
@@ -307,6 +308,8 @@ def fetch_model(uri: str, dst: Path) -> Path:
             if not any(folder.iterdir()):
                 raise SourceError(f"{uri} has no files", "it may be a record of a model that is kept elsewhere")
             check_evidence(folder, uri)
+            if key := signing.verify_key():
+                signing.check(folder, key, uri)
     return dst
 
 
