@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from command import pennyweight
 
+from pennyweight import load_recipe, promote, rollback, run
+from pennyweight.errors import RecipeError, UsageError
 from pennyweight.store import folder_digest
 
 #: What of a candidate lies in the store.
@@ -230,6 +232,28 @@ def test_show_report_and_promote(finished: Path) -> None:
     assert (back.returncode, "no previous version to go back to" in back.stderr) == (2, True)
     again = json.loads(pennyweight("show", "--json", cwd=finished, store=finished / "store").stdout)
     assert again["winner"] == "int8@onnxruntime"
+
+
+def test_a_recipe_is_run_and_its_winner_promoted(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a notebook does it."""
+    monkeypatch.setenv("PENNYWEIGHT_HOME", str(finished / "store"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    said: list[str] = []
+    record = run(load_recipe(finished / "tiny.yaml"), say=said.append)
+    assert outcome(record.model_dump(mode="json")) == outcome(latest(finished))
+    assert record.registered and record.registered.model == "tiny"
+    assert Path(record.run_dir).parent == tmp_path / "runs"
+    assert any("report" in line or "track" in line for line in said)
+    done = promote("tiny", reason="the first")
+    assert (done.version, done.changed) == (record.registered.version, True)
+    with pytest.raises(UsageError, match="no previous version"):
+        rollback("tiny")
+    with pytest.raises(RecipeError, match="gate"):
+        load_recipe(finished / "tiny.yaml", ["gate.0.metric=nonsense"])
 
 
 @pytest.mark.parametrize("victim", ["step", "export", "reference", "evaluate", "benchmark"])
