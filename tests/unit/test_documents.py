@@ -32,8 +32,12 @@ def record(tmp_path: Path) -> RunRecord:
         ),
         "kl_p99": MetricValue(value=float("inf"), n=80, higher_is_better=False),
     }
+    checkpoint = int8.candidate.checkpoint.model_copy(
+        update={"origin": f"{KNOWN_BASE} → quantize w8a16 rtn → recover 40 steps"}
+    )
     int8 = int8.model_copy(
         update={
+            "candidate": int8.candidate.model_copy(update={"checkpoint": checkpoint}),
             "verdict": Verdict(status="pass", reasons=["fine"], conditions=conditions),
             "quality": int8.quality.model_copy(update={"metrics": metrics}),
         }
@@ -83,7 +87,7 @@ def test_the_card_says_what_it_is_and_what_it_is_not(record: RunRecord) -> None:
         f"| base | {KNOWN_BASE} |",
         "| licence of the base | Apache-2.0 |",
         "| recipe | tiny, digest eeeeeeeeeeee |",
-        '| steps | quantize scheme=w8a16 calibrate={"source":"passages","samples":8} |',
+        "| steps | quantize w8a16 rtn; recover 40 steps |",
         "| made | 2026-11-24T00:00:00+00:00, with Pennyweight 0.1.0 |",
         "| kl_mean | pass | kl_mean 0.02 ≤ 0.1 |",
         "| piqa/acc | info | a / b |",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pennyweight.report import text
 from pennyweight.report.markup import Html, el, join
 from pennyweight.report.svg import Box, Scale, linear_scale, log_scale
@@ -22,9 +24,12 @@ def fitting(values: list[float], start: float, end: float) -> Scale:
     return linear_scale(values, start, end, zero=True)
 
 
-def grid(x: Scale, y: Scale) -> list[Html]:
+def grid(x: Scale, y: Scale, at: Sequence[float] | None = None) -> list[Html]:
+    """Lines at both scales' ticks, or `at` these values of x, and the labels of y."""
     right, bottom = AREA.x + AREA.width, AREA.y + AREA.height
-    vertical = [el("line", x1=x(t), x2=x(t), y1=AREA.y, y2=bottom, class_="grid") for t in x.ticks()]
+    vertical = [
+        el("line", x1=x(t), x2=x(t), y1=AREA.y, y2=bottom, class_="grid") for t in (x.ticks() if at is None else at)
+    ]
     horizontal = [el("line", x1=AREA.x, x2=right, y1=y(t), y2=y(t), class_="grid") for t in y.ticks()]
     labels = [el("text", tick_text(t), x=AREA.x - 8, y=y(t) + 4.5, text_anchor="end", class_="tick") for t in y.ticks()]
     axis = el("path", d=f"M{AREA.x} {AREA.y}V{bottom}H{right}", class_="axis")

@@ -14,7 +14,10 @@ from pennyweight.records import Interval, RunRecord
 from pennyweight.report import facts, text
 from pennyweight.report.axes import AREA, LABEL_AREA, figure, fitting, grid, x_tick, x_title, y_title
 from pennyweight.report.markup import Html, el
-from pennyweight.report.svg import Label, Layout, log_scale, marker, symbol
+from pennyweight.report.svg import Label, Layout, Scale, log_scale, marker, symbol
+
+#: Pixels between two numbers at the axis, at least.
+_TICK_WIDTH = 22
 
 _HEAD = (
     "candidate", "users", "output tokens/s", "TTFT p95, ms", "TPOT p95, ms", "meet the SLO",
@@ -39,14 +42,14 @@ def plot(record: RunRecord, served: list[CandidateCost]) -> Html:
     if not lines:
         return el("p", "No load was served, so there is nothing to plot.", class_="empty")
     everything = [point for points in lines.values() for point in points]
-    users = sorted({float(at) for at, _, _ in everything})
-    x = log_scale(users, AREA.x, AREA.x + AREA.width)
+    knees = {item.candidate: item.users for item in served}
+    x = log_scale([float(at) for at, _, _ in everything], AREA.x, AREA.x + AREA.width)
+    ticks = _apart(x, [users for users in knees.values() if users] + [at for at, _, _ in everything])
     ends = [end for _, usd, _ in everything for end in (usd.value, usd.low, usd.high) if end > 0]
     y = fitting(ends, AREA.y + AREA.height, AREA.y)
     layout = Layout(LABEL_AREA)
-    parts: list[Html | None] = [*grid(x, y), x_title("users, each with one request in flight", "")]
-    parts += [y_title("US dollars per 1M tokens", "↓ cheaper"), *(x_tick(x(at), f"{at:g}") for at in users)]
-    knees = {item.candidate: item.users for item in served}
+    parts: list[Html | None] = [*grid(x, y, ticks), x_title("users, each with one request in flight", "")]
+    parts += [y_title("US dollars per 1M tokens", "↓ cheaper"), *(x_tick(x(at), f"{at}") for at in ticks)]
     results = {name: compare.find(record, name) for name in lines}
     for name, points in lines.items():
         status = results[name].verdict.status
@@ -56,6 +59,7 @@ def plot(record: RunRecord, served: list[CandidateCost]) -> Html:
         path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
         parts.append(el("path", d=path, class_=f"line {status}{' winner' if name == record.winner else ''}"))
         for (at, usd, met), (px, py) in zip(points, places):
+            layout.add_line(px, y(max(usd.low, y.low)), px, y(usd.high))
             bar = f"M{px:.1f} {y(max(usd.low, y.low)):.1f}V{y(usd.high):.1f}"
             parts.append(el("path", d=bar, class_=f"bar {status}"))
             parts.append(marker(px, py, status if met else "fail", radius=4.5, ring=at == knees[name]))
@@ -75,6 +79,15 @@ def _drawable(item: CandidateCost) -> list[tuple[int, Interval, bool]]:
         if load.concurrency and load.usd_per_1m_tokens
     }
     return [found[at] for at in sorted(found)]
+
+
+def _apart(x: Scale, users: list[int]) -> list[int]:
+    """Those whose numbers find room beside each other, the first ones first."""
+    kept: list[int] = []
+    for at in users:
+        if all(abs(x(at) - x(other)) >= _TICK_WIDTH for other in kept):
+            kept.append(at)
+    return kept
 
 
 def _meets(load: LoadReport) -> bool:

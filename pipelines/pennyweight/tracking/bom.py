@@ -172,7 +172,7 @@ def _file(name: str, digest: str) -> dict[str, Any]:
 
 
 def _steps(record: RunRecord, winner: CandidateResult) -> str:
-    return f"{card.steps_of(record, winner)}; exported for {winner.runtime}"
+    return f"{card.steps_of(winner)}; exported for {winner.runtime}"
 
 
 def _properties(record: RunRecord, winner: CandidateResult) -> list[dict[str, str]]:

@@ -88,9 +88,11 @@ def limits(record: RunRecord, winner: CandidateResult) -> list[str]:
     return [*GENERAL_LIMITS, *found, *record.notes]
 
 
-def steps_of(record: RunRecord, winner: CandidateResult) -> str:
-    steps = (record.recipe.resolved.get("variants") or {}).get(winner.variant) or []
-    return "; ".join(naming.describe_step(step) for step in steps) or "none"
+def steps_of(winner: CandidateResult) -> str:
+    """What its checkpoint's origin says was done to the base."""
+    assert winner.candidate
+    _, *steps = winner.candidate.checkpoint.origin.split(" → ")
+    return "; ".join(steps) or "none"
 
 
 def _origins(record: RunRecord, winner: CandidateResult) -> Iterator[tuple[str, str]]:
@@ -98,7 +100,7 @@ def _origins(record: RunRecord, winner: CandidateResult) -> Iterator[tuple[str, 
     yield "base", redact(str(base_of(record).get("uri") or "unknown"))
     yield "licence of the base", license_of(record) or UNKNOWN_LICENSE
     yield "recipe", f"{record.name}, digest {record.recipe.digest[:12]}"
-    yield "steps", steps_of(record, winner)
+    yield "steps", steps_of(winner)
     if candidate:
         yield "runs in", f"{candidate.runtime}, activations in {candidate.dtype}"
         yield "size", f"{candidate.bytes / 1e6:,.1f} MB"

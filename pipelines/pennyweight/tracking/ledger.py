@@ -154,7 +154,6 @@ def append(client: MlflowClient, model: str, after: int, change: Change) -> Entr
         client.create_model_version(
             ledger_name(model),
             source=f"models:/{model}/{change.version}",
-            run_id=change.run_id,
             tags=_tags(after, change),
             description=describe(model, change),
         )
