@@ -129,16 +129,20 @@ async def watch(process: psutil.Process, sizes: list[int]) -> None:
 
 
 def rescore(session: Session, answers: list[tuple[list[int], list[int]]]) -> list[float]:
-    """How many nats each token is below the best that goes on at its place, every answer alone."""
+    """How many nats each token is below the best at its place, every answer alone."""
     import torch
 
     below = []
     for prompt, answer in answers:
         logits = session.logits(np.array([prompt + answer], np.int64))[0, len(prompt) - 1 : -1].float()
-        logits[:, session.ends()] = -torch.inf  # answers were to go on, so their end was never chosen
         logprobs = torch.log_softmax(logits, -1)
-        chosen = logprobs[torch.arange(len(answer)), torch.tensor(answer)]
-        below += (logprobs.max(-1).values - chosen).tolist()
+        tokens, ends = torch.tensor(answer), torch.tensor(session.ends())
+        chosen = logprobs[torch.arange(len(answer)), tokens]
+        best = logprobs.max(-1).values
+        # As answers are to go on, one runtime goes on after an end, and another leaves ends out of its choice.
+        logprobs[:, ends] = -torch.inf
+        best = torch.where(torch.isin(tokens, ends), best, logprobs.max(-1).values)
+        below += (best - chosen).tolist()
     return below
 
 
