@@ -22,27 +22,17 @@ from pennyweight.evaluate.divergence import likelihoods
 from pennyweight.records import Candidate, CandidateResult, RunRecord
 from pennyweight.store import folder_digest
 from pennyweight.tracking import checks, evidence, ledger, signing
-from pennyweight.tracking.connection import prepare_environment
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("lifecycle")
+def store(store: Path) -> Iterator[Path]:
+    """Nobody signs, and nobody waits for a change that is half done."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("MLFLOW_TRACKING_URI", signing.SIGNING_KEY, signing.VERIFY_KEY):
+        for name in (signing.SIGNING_KEY, signing.VERIFY_KEY):
             patch.delenv(name, raising=False)
-        patch.setenv("PENNYWEIGHT_HOME", str(root / "home"))
+        patch.setenv("PENNYWEIGHT_HOME", str(store / "home"))
         patch.setattr(ledger, "PATIENCE", 0.0)
-        patch.chdir(root)
-        yield root
-
-
-@pytest.fixture(scope="module")
-def client(store: Path) -> Any:
-    prepare_environment()
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking.tracking_uri())
+        yield store
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """What the registry lets go, and what stays byte for byte, on a real embedded store that the module shares."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,6 @@ from pennyweight.cli import main
 from pennyweight.errors import TrackingError, UsageError
 from pennyweight.store import folder_bytes, folder_digest
 from pennyweight.tracking import collect_models, garbage
-from pennyweight.tracking.connection import prepare_environment
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    root = tmp_path_factory.mktemp("registry")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(root)
-        yield root
-
-
-@pytest.fixture(scope="module")
-def client(store: Path) -> Any:
-    prepare_environment()
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking.tracking_uri())
 
 
 def folder_of(client: Any, model: str, version: int) -> Path:

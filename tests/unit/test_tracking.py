@@ -34,7 +34,7 @@ from pennyweight.records import (
 )
 from pennyweight.store import digest_of, folder_digest
 from pennyweight.tracking import evidence, naming, runs
-from pennyweight.tracking.connection import artifact_folder, prepare_environment
+from pennyweight.tracking.connection import artifact_folder
 
 RESOLVED = {
     "name": "tiny",
@@ -146,24 +146,6 @@ def make_run(
 def log(record: RunRecord) -> tuple[Any, Any]:
     samples = {result.id: Path(result.quality.samples_path) for result in record.candidates if result.quality}
     return tracking.log_run(record, Path(record.run_dir), sample_paths=samples)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with an embedded store in it, which is the current folder while the module runs."""
-    root = tmp_path_factory.mktemp("tracking")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        patch.chdir(root)
-        yield root
-
-
-@pytest.fixture(scope="module")
-def client(store: Path) -> Any:
-    prepare_environment()
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=tracking.tracking_uri())
 
 
 def runs_of(client: Any, name: str) -> list[Any]:

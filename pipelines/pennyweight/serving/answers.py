@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -87,7 +88,7 @@ class Usage:
         }
 
 
-class Speller:
+class Speller(ABC):
     """Spells the answers of one request. What all its events begin and end with is made once."""
 
     object: str
@@ -136,14 +137,14 @@ class Speller:
             choices.append(choice)
         return json.dumps({"object": self.object, **self._head, "choices": choices, "usage": usage.spelled()}).encode()
 
-    def _delta(self, text: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _delta(self, text: str) -> str: ...
 
-    def _message(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _message(self, text: str) -> dict[str, Any]: ...
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self, piece: Piece) -> dict[str, Any]: ...
 
 
 class CompletionSpeller(Speller):
