@@ -1,4 +1,4 @@
-"""Load generators: how each is called for the same closed loop, and where its answer stands."""
+"""Load generators: how each is called for the same load, and where its answer stands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Load:
-    """A closed loop on one server. Both files hold the same prompts: as one text, and as a line of JSON each."""
+    """A load on one server. Both files hold the same prompts: as one text, and as a line of JSON each."""
 
     url: str
     model: str
@@ -39,6 +39,8 @@ class Load:
     output_tokens: int
     concurrency: int
     requests: int
+    rate: float | None = None
+    """Requests a second, evenly spaced; None: a closed loop of `concurrency` users."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,15 @@ def _tree_cpu(pid: int) -> float:
 
 def _pennyweight(load: Load, report: Path) -> list[str]:
     shape = f"{load.input_tokens}:{load.output_tokens}"
+    arrivals = ["--workload", shape, "--concurrency", str(load.concurrency), "--requests", str(load.requests)]
+    if load.rate is not None:
+        trace = report.with_name("trace.jsonl")
+        sizes = {"input_tokens": load.input_tokens, "output_tokens": load.output_tokens}
+        rows = (json.dumps({"arrival": number / load.rate, **sizes}) for number in range(load.requests))
+        trace.write_text("\n".join(rows))
+        arrivals = ["--trace", str(trace)]
     return [
-        sys.executable, "-m", "pennyweight", "bench", load.url, "--model", load.model, "--workload", shape,
-        "--concurrency", str(load.concurrency), "--requests", str(load.requests),
+        sys.executable, "-m", "pennyweight", "bench", load.url, "--model", load.model, *arrivals,
         "--text", str(load.text), "--json",
     ]  # fmt: skip
 
@@ -152,23 +160,26 @@ def _guidellm(load: Load, report: Path) -> list[str]:
         "kind": "openai_http", "target": load.url, "model": load.model, "request_format": "/v1/completions",
         "extras": {"body": {"temperature": 0}},
     }  # fmt: skip
+    profile = f"kind=concurrent,streams={load.concurrency}"
+    if load.rate is not None:
+        profile = f"kind=constant,rate={load.rate:g}"
     return [
-        str(python.with_name("guidellm")), "run", "--backend", json.dumps(server),
-        "--profile", f"kind=concurrent,streams={load.concurrency}",
+        str(python.with_name("guidellm")), "run", "--backend", json.dumps(server), "--profile", profile,
         "--constraint", f"kind=max_requests,count={load.requests}",
         "--data", f"kind=json_file,path={load.prompts}", "--output", f"kind=json,path={report}", "--disable-console",
     ]  # fmt: skip
 
 
 def _vllm(load: Load, report: Path) -> list[str]:
+    paced = [] if load.rate is None else ["--request-rate", f"{load.rate:g}", "--burstiness", "1e6"]
     return [
         str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--backend", "openai",
         "--base-url", load.url, "--endpoint", "/v1/completions", "--model", load.model,
         "--tokenizer", str(load.tokenizer), "--dataset-name", "custom", "--dataset-path", str(load.prompts),
         "--disable-shuffle", "--skip-chat-template", "--custom-output-len", str(load.output_tokens),
         "--num-prompts", str(load.requests), "--max-concurrency", str(load.concurrency), "--temperature", "0",
-        "--ignore-eos", "--num-warmups", "0", "--ready-check-timeout-sec", "0", "--disable-tqdm", "--save-result",
-        "--result-dir", str(report.parent), "--result-filename", report.name,
+        "--ignore-eos", *paced, "--num-warmups", "0", "--ready-check-timeout-sec", "0", "--disable-tqdm",
+        "--save-result", "--result-dir", str(report.parent), "--result-filename", report.name,
     ]  # fmt: skip
 
 

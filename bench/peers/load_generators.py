@@ -1,14 +1,17 @@
-"""Our load generator beside guidellm's: the same closed loop on the same server, in turns, in one run.
+"""Our load generator beside guidellm's: the same load on the same server, in turns, in one run.
 
     python bench/peers/load_generators.py --fake                               a server that sleeps: the truth is known
     python bench/peers/load_generators.py                                      llama.cpp's, on the embedded model
+    python bench/peers/load_generators.py --rate 1.2                           the same, in an open loop
     python bench/peers/load_generators.py --server-url URL                     one that runs already
 
 Each turn is a process of its own, as a user would start it: `pennyweight bench`, `guidellm run` (twice: as it comes,
 with a worker process for each stream up to 10, and with one, which suits one core), and `vllm bench serve` where vLLM
 is installed beside Pennyweight (that command has not been tried). A round is A B C C B A. All get the same prompts, cut
 by words, greedy decoding, `ignore_eos`, and answers of one length; prompts differ from turn to turn, and llama.cpp
-keeps no cache of them. With two cores or more the server has the first half of them and the clients the other.
+keeps no cache of them. In a closed loop the users of a real server drift in and out of step, each turn otherwise, and
+the medians with them; with `--rate` requests arrive evenly spaced instead, at the same moments in every turn. With two
+cores or more the server has the first half of them and the clients the other.
 
 Shown are the medians of TTFT and TPOT and the output tokens/s that each states, and its CPU time from start to end.
 Ratios are ours over theirs, turn by turn, with 95% intervals. With `--fake`, also its CPU time while it was served, how
@@ -115,7 +118,8 @@ def main() -> None:
         server(options, base, Path(scratch), cores[0]) as (url, events, what),
     ):
         where = "wherever it is" if options.server_url else f"on core {spelled(cores[0])}"
-        print(f"{what} {where}, clients on core {spelled(cores[1])}; {options.concurrency} users")
+        load = f"{options.concurrency} users" if options.rate is None else f"{options.rate:g} requests a second"
+        print(f"{what} {where}, clients on core {spelled(cores[1])}; {load}")
         print(f"{options.requests} requests of about {options.input_tokens} tokens in, {options.output_tokens} out")
         model = options.model or asyncio.run(served_model(url, None))
         texts = written_texts(store, Path(scratch), options)
@@ -123,7 +127,7 @@ def main() -> None:
         def turn(name: str, requests: int) -> Outcome:
             load = Load(
                 url, model, tokenizer, *next(texts), options.input_tokens, options.output_tokens, options.concurrency,
-                requests,
+                requests, options.rate,
             )  # fmt: skip
             taken = take_turn(contenders[name], load, cores[1], events)
             return Outcome(taken, Truth.of(seen(url)) if options.fake else None)
@@ -147,6 +151,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="name at the server")
     parser.add_argument("--tokenizer", type=Path, help="its folder, for vLLM (default: the embedded model's)")
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument("--rate", type=float, help="requests a second, evenly spaced, in place of users")
     parser.add_argument("--requests", type=int, default=160, help="a multiple of the concurrency (default 160)")
     parser.add_argument("--input-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=32)
@@ -154,6 +159,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.requests % options.concurrency or options.requests == options.concurrency:
         parser.error("--requests must be a multiple of --concurrency, and more: else the last users wait alone")
+    if options.rate and options.fake:
+        parser.error("--fake is for a closed loop: its truth is what users who never wait would be served")
     if options.output_tokens < 2:
         parser.error("a single token has no TPOT")
     return options
