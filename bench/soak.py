@@ -1,12 +1,13 @@
 """A server under clients that misbehave: is any request lost or mixed up, and does memory stay flat?
 
-    python bench/soak.py TARGET [--requests 2000] [--concurrency 64] [--promote VERSION] [--rescore 2000]
+    python bench/soak.py TARGET [--requests 2000] [--concurrency 64] [--promote VERSION ...] [--rescore 2000]
 
 Of ten requests one hangs up in the middle, one has a body that is no JSON or asks for nonsense, one a prompt that is
 too long; the others are plain, some streamed. Every prompt begins with a number of its own, and every answer must carry
-the tokens of that prompt. With --promote, `pennyweight promote` makes that version of a NAME@ALIAS the champion
-half-way, and the server has to swap. At the end each answer's tokens are scored alone by the model whose fingerprint
-the answer carries: none may be more than 0.5 nat less likely than the best.
+the tokens of that prompt. With --promote, `pennyweight promote` makes each of those versions of a NAME@ALIAS the
+champion in turn, at even distances, and the server has to swap. What is resident is told for the end of each phase:
+engines differ in size, so phases of one version are to be compared. At the end each answer's tokens are scored alone by
+the model whose fingerprint the answer carries: none may be more than 0.5 nat less likely than the best.
 """
 
 from __future__ import annotations
@@ -105,9 +106,26 @@ async def _chunks(response: aiohttp.ClientResponse) -> list[Any]:
     return [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
 
 
-async def load(soak: Soak, concurrency: int, promote: list[str] | None) -> None:
+@dataclass
+class Phase:
+    """A part of the soak: up to the promotion that ends it."""
+
+    version: str | None
+    fingerprint: str
+    resident: list[int] = field(default_factory=list)
+    """Bytes of the server, look by look."""
+
+    def __str__(self) -> str:
+        late = np.median(self.resident[len(self.resident) // 2 :]) / 2**20
+        return f"{f'version {self.version}' if self.version else self.fingerprint}: {late:.0f} MiB"
+
+
+async def load(soak: Soak, concurrency: int, promotions: list[list[str]], process: psutil.Process) -> list[Phase]:
+    """Send all requests; `promotions` are commands that each end a phase."""
     numbers = iter(range(soak.requests))
     connector = aiohttp.TCPConnector(limit=0)
+    phases = [Phase(*await _versions(soak.url))]
+    watching = asyncio.create_task(watch(process, phases))
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
 
         async def user() -> None:
@@ -115,16 +133,21 @@ async def load(soak: Soak, concurrency: int, promote: list[str] | None) -> None:
                 await soak.one(session, number)
 
         users = [asyncio.create_task(user()) for _ in range(concurrency)]
-        if promote:
-            while soak.done < soak.requests // 2:
+        for number, promote in enumerate(promotions, 1):
+            while soak.done < soak.requests * number // (len(promotions) + 1):
                 await asyncio.sleep(0.1)
             await asyncio.to_thread(subprocess.run, promote, check=True)
+            while (served := await _versions(soak.url)) == (phases[-1].version, phases[-1].fingerprint):
+                await asyncio.sleep(0.2)
+            phases.append(Phase(*served))
         await asyncio.gather(*users)
+    watching.cancel()
+    return phases
 
 
-async def watch(process: psutil.Process, sizes: list[int]) -> None:
+async def watch(process: psutil.Process, phases: list[Phase]) -> None:
     while True:
-        sizes.append(process.memory_info().rss)
+        phases[-1].resident.append(process.memory_info().rss)
         await asyncio.sleep(SECONDS_TO_LOOK)
 
 
@@ -152,14 +175,14 @@ def main() -> None:
     parser.add_argument("--runtime")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--promote", metavar="VERSION", help="of the model in NAME@ALIAS, half-way")
+    parser.add_argument("--promote", metavar="VERSION", nargs="+", default=[], help="of the model in NAME@ALIAS")
     parser.add_argument("--rescore", type=int, default=2000, help="answers that are scored again, at most")
     parser.add_argument("--port", type=int, default=8124)
     args = parser.parse_args()
     name = args.target.partition("@")[0]
     runtime = ["--runtime", args.runtime] if args.runtime else []
     promotion = [sys.executable, "-m", "pennyweight", "promote", name, "--version"]
-    promote = [*promotion, args.promote] if args.promote else None
+    promotions = [[*promotion, version] for version in args.promote]
     with ExitStack() as stack:
         model = models.find(args.target, Store(), stack)
         tokenizer = models.load_tokenizer(model)
@@ -167,27 +190,24 @@ def main() -> None:
         arguments = [args.target, *runtime, "--max-prompt-tokens", "1024", "--follow-seconds", "2"]
         with served(arguments, args.port) as url:
             process = psutil.Process().children()[before:][0]
-            soak, sizes, begun = Soak(url, args.requests, random.Random(0), tokenizer.decode), [], time.perf_counter()
+            soak, begun = Soak(url, args.requests, random.Random(0), tokenizer.decode), time.perf_counter()
 
-            async def run() -> list[Any]:
-                watching = asyncio.create_task(watch(process, sizes))
-                served_before = await _versions(url)
-                await load(soak, args.concurrency, promote)
-                watching.cancel()
+            async def run() -> tuple[list[Phase], float]:
+                phases = await load(soak, args.concurrency, promotions, process)
                 await asyncio.sleep(1)
-                return [served_before, await _versions(url), await _left(url)]
+                return phases, await _left(url)
 
-            first, last, left = asyncio.run(run())
+            phases, left = asyncio.run(run())
             seconds = time.perf_counter() - begun
         print(f"{soak.done} requests in {seconds:.0f} s")
         for outcome, count in sorted(soak.outcomes.items()):
             print(f"  {count:5} {outcome}")
         print(f"lost or wrong: {len(soak.wrong)}", *soak.wrong[:10], sep="\n  ")
         print(f"requests left in the server: {left:g}")
-        quarter = max(1, len(sizes) // 4)
-        early, late = np.mean(sizes[quarter : 2 * quarter]) / 2**20, np.mean(sizes[-quarter:]) / 2**20
-        print(f"resident: {early:.0f} MiB in the second quarter, {late:.0f} in the last, peak {max(sizes) / 2**20:.0f}")
-        for version, fingerprint in {tuple(first), tuple(last)}:
+        print(f"resident: {'; '.join(map(str, phases))}; peak {max(max(p.resident) for p in phases) / 2**20:.0f} MiB")
+        for version, fingerprint in {
+            phase.fingerprint: (phase.version, phase.fingerprint) for phase in phases
+        }.values():
             mine = [answer[1:] for answer in soak.answers if answer[0] == fingerprint][: args.rescore]
             target = f"models:/{name}/{version}" if version else args.target
             below = rescore(_session(target, args.runtime, stack), mine)

@@ -143,32 +143,20 @@ def _register(
 
 
 def version_tags(record: RunRecord, winner: CandidateResult, parent: str) -> dict[str, str]:
-    """What a reader of the registry needs to know a version by. Numbers are rounded; the evidence has them whole."""
+    """What a version is found by, and what its reader sees of it in MLflow's list. The evidence has the numbers."""
     assert winner.candidate is not None
-    numbers: dict[str, float] = {}
-    point = naming.point_at(winner, naming.decide_at(record))
-    if point:
-        numbers["usd_per_1m_tokens"] = point.usd_per_1m_tokens
-        if point.saving:
-            numbers |= {"saving": point.saving.value, "saving_low": point.saving.low}
-    if winner.quality and "kl_mean" in winner.quality.metrics:
-        numbers["kl_mean"] = winner.quality.metrics["kl_mean"].value
-    texts = {
+    tags = {
         "candidate": winner.id,
-        "runtime": winner.runtime,
         "digest": winner.candidate.digest,
-        "checkpoint_digest": winner.candidate.checkpoint.digest,
         "verdict": winner.verdict.status,
         "recipe": record.name,
         "recipe_digest": record.recipe.digest,
         "run_id": parent,
         "gate": naming.describe_verdict(winner.verdict),
         "quality": naming.describe_quality(winner),
-        "cost": naming.describe_cost(point),
+        "cost": naming.describe_cost(naming.point_at(winner, naming.decide_at(record))),
     }
-    return {f"pennyweight.{name}": value for name, value in texts.items() if value} | {
-        f"pennyweight.{name}": f"{value:.4g}" for name, value in numbers.items()
-    }
+    return {f"pennyweight.{name}": value for name, value in tags.items() if value}
 
 
 def _write_documents(
