@@ -19,6 +19,7 @@ import bigrams
 import postgres
 import pytest
 import yaml
+from champions import another, register, serving, set_champion
 from test_tracking import log, make_run
 
 from pennyweight import flow, tracking
@@ -260,6 +261,49 @@ def _killing(server: Server, function: Callable[..., Any]) -> Callable[..., Any]
         return function(*arguments)
 
     return killed
+
+
+def test_a_champion_is_served_while_the_registry_is_killed_and_started_again(
+    server: Server, tiny_model: Path, tmp_path: Path
+) -> None:
+    versions = [register("answering", folder) for folder in (tiny_model, another(tiny_model, tmp_path / "other"))]
+    set_champion("answering", versions[0])
+    with serving("answering@champion", tmp_path / "home") as (url, _):
+        first = ask(url)
+        server.kill()
+        time.sleep(1.5)  # it looks at the alias in vain
+        assert ask(url) == first
+        server.start()
+        set_champion("answering", versions[1])
+        wait_for(url, versions[1])
+        second = ask(url)
+        set_champion("answering", versions[0])
+        wait_for(url, versions[0])
+        assert ask(url) == first
+    assert second != first
+
+
+def ask(url: str) -> tuple[str, str]:
+    """(which weights answered, what)"""
+    body = {"prompt": "the river runs", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    return answer["system_fingerprint"], answer["choices"][0]["text"]
+
+
+def wait_for(url: str, version: str) -> None:
+    """Until it serves that version."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as response:
+            (model,) = json.load(response)["data"]
+        if model["version"] == version:
+            return
+        assert time.monotonic() < end, f"{model['version']} is still served"
+        time.sleep(0.1)
 
 
 def at_once(work: Callable[[int], Any], count: int) -> list[Any]:
