@@ -145,7 +145,7 @@ def test_a_model_is_measured_by_its_path(
     loads = ("--workload", "20:6", "--concurrency", "1", "--concurrency", "3", "--rate", "50", "--price", "1")
     loads += ("--requests", "12")
     report = measure(here, store, target, *loads, *options)
-    assert (report["runtime"], report["batching"]) == (runtime, "continuous" if runtime == "openvino" else "waves")
+    assert (report["runtime"], report["batching"]) == (runtime, "waves" if runtime == "onnxruntime" else "continuous")
     assert (report["target"], report["model"], report["prompts"]) == (target, target, "tokens")
     assert [load["load"] for load in report["loads"]] == ["1 user", "3 users", "50 requests/s, Poisson"]
     for load in report["loads"]:

@@ -8,11 +8,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 from pennyweight.load.requests import Asked, Fault, Served
 from pennyweight.records import Candidate
-from pennyweight.runtimes import Progress, Session
+from pennyweight.runtimes import Batching, Progress, Session
 from pennyweight.runtimes.thread import Job, SessionThread
 
 #: Turns of the event loop in which a user who was answered has asked again: the answer, then the user.
@@ -26,7 +25,7 @@ class Engine:
     address: str
     model: str
     runtime: str
-    batching: Literal["continuous", "waves"]
+    batching: Batching
     session: Session
     vocabulary: int
     stop_at_eos: bool = False

@@ -124,7 +124,7 @@ def _open(model: Model, name: RuntimeName, demand: Demand, stop_at_eos: bool, st
     except BaseException:
         session.close()
         raise
-    return Engine(model.target, model.name, name, kind.batching, session, limits.vocabulary, stop_at_eos, candidate)
+    return Engine(model.target, model.name, name, session.batching, session, limits.vocabulary, stop_at_eos, candidate)
 
 
 # --- whether it fits --------------------------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from pennyweight.plan.sizes import ModelShape
 
+#: `continuous`: a request joins those at work, whatever its length, and leaves with its last token. `waves`: requests
+#: with prompts of one length are served together to the end of the longest answer, before others begin.
+Batching = Literal["continuous", "waves"]
 #: Requests that a session serves at once unless it is told otherwise.
 MOST_AT_ONCE = 256
 
@@ -109,6 +112,10 @@ class Session(Protocol):
     at_once: int
     """Requests that are served at once at most; the others wait. To be set before the first one."""
 
+    @property
+    def batching(self) -> Batching:
+        """How requests are served together."""
+
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         """Logits at every position.
 
@@ -170,8 +177,6 @@ class RuntimeKind:
     """(checkpoint, device) → dtype that activations are computed in."""
     limits: Callable[[Candidate], Limits]
     """Read from the candidate's files, before it is loaded."""
-    batching: Literal["continuous", "waves"]
-    """`waves`: requests with prompts of one length are served together to their end, before others begin."""
     sizes: Callable[[Path], tuple[int, int]] | None = None
     """Exported files → bytes of the weight files, and of the tensors in them."""
     quantized_tensors: Callable[[Path], int] | None = None

@@ -330,7 +330,6 @@ RUNTIME = RuntimeKind(
     load=OnnxSession,
     compute_dtype=compute_dtype,
     limits=limits,
-    batching="waves",
     sizes=sizes,
     quantized_tensors=quantized_tensors,
     streamed_bytes=streamed_bytes,

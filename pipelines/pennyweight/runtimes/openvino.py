@@ -22,6 +22,7 @@ from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import (
     GREEDY,
     MOST_AT_ONCE,
+    Batching,
     Generation,
     Limits,
     Occupancy,
@@ -155,6 +156,8 @@ class _Flying:
 class OpenVinoSession:
     """Scores through the graph that OpenVINO GenAI makes of the file, generates through its continuous batching; each
     is loaded when first used."""
+
+    batching: Batching = "continuous"
 
     def __init__(self, candidate: Candidate, device: str, settings: Settings = Settings()):
         self._file = _file(Path(candidate.path))
@@ -373,7 +376,6 @@ RUNTIME = RuntimeKind(
     load=OpenVinoSession,
     compute_dtype=compute_dtype,
     limits=limits,
-    batching="continuous",
     sizes=sizes,
     quantized_tensors=quantized_tensors,
     levers={lever: partial(_load_with, lever) for lever in LEVERS},

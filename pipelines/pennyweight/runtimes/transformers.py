@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import Limits, RuntimeKind
-from pennyweight.runtimes.waves import Choose, Waves
+from pennyweight.runtimes.continuous import Continuous
+from pennyweight.runtimes.waves import Choose
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
     from pennyweight.plan.sizes import ModelShape
+
+#: Kinds of layers that remember by keys and values alone.
+ATTENTION = {"full_attention", "sliding_attention"}
 
 
 def compute_dtype(checkpoint: Checkpoint, device: str) -> str:
@@ -48,7 +52,7 @@ def limits(candidate: Candidate) -> Limits:
     )
 
 
-class TransformersSession(Waves):
+class TransformersSession(Continuous):
     def __init__(self, candidate: Candidate, device: str):
         import torch
 
@@ -58,23 +62,25 @@ class TransformersSession(Waves):
         super().__init__()
         if device == "cpu":
             torch.set_num_threads(machine.threads())
-        self._device = device
+        self.device = device
         self.model: Any = load_model(Path(candidate.path), getattr(torch, candidate.dtype))
         self.model.to(device).eval()
-        self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
+        self.caches_by_position = set(getattr(config, "layer_types", None) or ()) <= ATTENTION
 
     def logits(self, ids: np.ndarray) -> torch.Tensor:
         import torch
 
         with torch.inference_mode():
-            return self.model(torch.from_numpy(ids).to(self._device), use_cache=False).logits
+            return self.model(torch.from_numpy(ids).to(self.device), use_cache=False).logits
 
     def hidden_states(self, ids: np.ndarray) -> torch.Tensor:
         """What the head is applied to: the final norm's output, (batch, length, hidden size)."""
         import torch
 
         with torch.inference_mode():
-            return self.model.base_model(torch.from_numpy(ids).to(self._device), use_cache=False).last_hidden_state
+            return self.model.base_model(torch.from_numpy(ids).to(self.device), use_cache=False).last_hidden_state
 
     def head(self) -> torch.nn.Module:
         return self.model.get_output_embeddings()
@@ -84,7 +90,7 @@ class TransformersSession(Waves):
     ) -> Iterator[np.ndarray]:
         import torch
 
-        token, past = torch.from_numpy(ids).to(self._device), None
+        token, past = torch.from_numpy(ids).to(self.device), None
         for _ in range(new_tokens):
             token, past = self._next(token, past, stop, choose)
             yield token.cpu().numpy()[:, 0]  # the copy waits for the device, so the times are the device's
@@ -98,10 +104,19 @@ class TransformersSession(Waves):
             logits = output.logits[:, -1:]
             if choose is not None:
                 chosen = choose(logits[:, 0].float().cpu().numpy())
-                return torch.from_numpy(chosen)[:, None].to(self._device), output.past_key_values
+                return torch.from_numpy(chosen)[:, None].to(self.device), output.past_key_values
             if not stop and (ends := self.ends()):
                 logits[..., ends] = -torch.inf
             return logits.argmax(-1), output.past_key_values
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> torch.Tensor:
+        import torch
+
+        with torch.inference_mode():
+            output = self.model(
+                ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            return output.logits[:, -1]
 
     def ends(self) -> list[int]:
         settings = self.model.generation_config or self.model.config
@@ -124,5 +139,4 @@ RUNTIME = RuntimeKind(
     streamed_bytes=streamed_bytes,
     unpacks=True,
     limits=limits,
-    batching="waves",
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pennyweight.runtimes import GREEDY, MOST_AT_ONCE, Generation, Occupancy, Progress, Sampling
+from pennyweight.runtimes import GREEDY, MOST_AT_ONCE, Batching, Generation, Occupancy, Progress, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +21,9 @@ Choose = Callable[["np.ndarray"], "np.ndarray"]
 
 
 @dataclass
-class _Request:
+class Request:
+    """One in flight."""
+
     number: int
     ids: np.ndarray
     left: int
@@ -43,10 +45,14 @@ class Waves(ABC):
 
     at_once = MOST_AT_ONCE
 
+    @property
+    def batching(self) -> Batching:
+        return "waves"
+
     def __init__(self) -> None:
         self._numbers = itertools.count()
-        self._waiting: list[_Request] = []
-        self._wave: list[_Request] = []
+        self._waiting: list[Request] = []
+        self._wave: list[Request] = []
         self._columns: Iterator[np.ndarray] = iter(())
         self._chooser: Chooser | None = None
 
@@ -88,7 +94,7 @@ class Waves(ABC):
         return None
 
     def submit(self, ids: np.ndarray, new_tokens: int, stop: bool = False, sampling: Sampling = GREEDY) -> int:
-        request = _Request(next(self._numbers), ids, new_tokens, stop, sampling)
+        request = Request(next(self._numbers), ids, new_tokens, stop, sampling)
         self._waiting.append(request)
         return request.number
 
