@@ -16,7 +16,7 @@ from pennyweight.recipe import Benchmark
 from pennyweight.records import Candidate
 
 NAME = "int8@openvino"
-LEVERS = ["float_cache", "prefix_caching", "prompt_lookup", "small_steps", "draft"]
+LEVERS = ["small_cache", "prefix_caching", "prompt_lookup", "small_steps", "draft"]
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,17 @@ def test_a_wave_has_a_time_for_each_token_and_ends_where_it_should(checkpoint: P
     assert session.generate(IDS[:, :8], 12, stop=True).tokens.shape[1] <= 12
 
 
+def test_it_serves_what_is_judged(checkpoint: Path, files: Path) -> None:
+    """The graph that scores keeps no keys and values, the engine that generates does."""
+    session = load("openvino", checkpoint, files)
+    ids = np.concatenate([IDS, session.generate(IDS, 40).tokens], 1)
+    logprobs = torch.log_softmax(session.logits(ids).float(), -1)[:, IDS.shape[1] - 1 : -1]
+    logprobs[..., session.ends()] = -torch.inf
+    chosen = logprobs.gather(-1, torch.from_numpy(ids[:, IDS.shape[1] :, None]))[..., 0]
+    below = logprobs.max(-1).values - chosen
+    assert below.max() < 0.05
+
+
 def test_bytes_are_those_of_the_file(files: Path) -> None:
     whole, tensors = openvino.sizes(files)
     assert whole == (files / "model.gguf").stat().st_size > tensors > 0

@@ -16,7 +16,7 @@ from pennyweight.runtimes import Generation
 
 PROMPTS = np.arange(3 * 40).reshape(3, 40)
 #: Seconds of a wave with a lever on; without, a second.
-SECONDS = {"prefix_caching": 0.8, "float_cache": 1.0, "small_steps": 1.1}
+SECONDS = {"prefix_caching": 0.8, "small_cache": 1.0, "small_steps": 1.1}
 
 
 class Session:
@@ -68,7 +68,7 @@ def test_what_surely_saves_is_kept(tiny_model: Path, monkeypatch: pytest.MonkeyP
     found = tried(tiny_model, monkeypatch)
     assert found["prefix_caching"].kept
     assert found["prefix_caching"].saving.value == pytest.approx(0.2, abs=0.002)
-    assert not found["float_cache"].kept
+    assert not found["small_cache"].kept
     assert not found["small_steps"].kept
     assert found["small_steps"].saving.high < 0
 

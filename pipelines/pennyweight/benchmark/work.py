@@ -78,7 +78,7 @@ def work_of(candidate: Candidate) -> Work | None:
         weight_bytes=streamed(candidate, shape) if streamed else candidate.weight_bytes,
         body_weights=shape.product_weights - head,
         head_weights=head,
-        kv_bytes=shape.kv_bytes(kind.kv_itemsize or ITEMSIZE[candidate.dtype]) // shape.layers,
+        kv_bytes=shape.kv_bytes(ITEMSIZE[candidate.dtype]) // shape.layers,
         attention_width=shape.heads * shape.head_dim,
         windows=shape.windows,
         dtype=candidate.dtype,

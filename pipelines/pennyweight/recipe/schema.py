@@ -35,7 +35,7 @@ class Runtimes(Section):
 
 
 #: Settings of engines that may make tokens cheaper.
-LeverName = Literal["prefix_caching", "prompt_lookup", "float_cache", "small_steps", "draft"]
+LeverName = Literal["prefix_caching", "prompt_lookup", "small_cache", "small_steps", "draft"]
 
 
 class Workload(Section):
@@ -82,8 +82,8 @@ class Benchmark(Section):
     levers: list[LeverName] = Field([])
     """Tried on the winner at `decide_at`, each off and on in turn, and kept where the saving is surely above 0.
     prefix_caching: keys and values of a prefix that was read before are taken again. prompt_lookup: what followed the
-    same words in the prompt is proposed, and checked several tokens at once. float_cache: keys and values stay floating
-    point. small_steps: prompts are read in parts, between the tokens of other requests. draft: another variant
+    same words in the prompt is proposed, and checked several tokens at once. small_cache: keys and values are kept in
+    8 bits. small_steps: prompts are read in parts, between the tokens of other requests. draft: another variant
     proposes."""
     draft: Name | None = None
     """The variant that proposes tokens under the lever `draft`."""

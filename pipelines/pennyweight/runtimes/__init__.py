@@ -188,8 +188,6 @@ class RuntimeKind:
     streamed_bytes: Callable[[Candidate, ModelShape], int] | None = None
     """Bytes of weights that a decoding step cannot do without reading: not those of tables in which it looks up a row.
     None: all."""
-    kv_itemsize: int | None = None
-    """Bytes of one number in the KV cache; None: as many as in the dtype of activations."""
     unpacks: bool = False
     """Quantized checkpoints are multiplied in floating point."""
 
