@@ -1,6 +1,6 @@
 """Time to first token of `pennyweight serve` beside llama.cpp's server: the same weights at the same open-loop rate.
 
-    python bench/peers/ttft.py [--rate 3] [--workload 64:32] [--requests 240] [--rounds 2]
+    python bench/peers/ttft.py [--rate 1.5] [--workload 64:32] [--requests 160] [--rounds 2]
 
 Both serve the embedded model in 16 bits from the same GGUF tensors, Pennyweight through OpenVINO, llama.cpp (xllamacpp,
 a wheel) with `--slots` requests at once. Both may use all cores, and the load generator takes what it needs of them;
@@ -94,9 +94,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=3.0, help="requests a second (default 3)")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests a second (default 1.5)")
     parser.add_argument("--workload", default="64:32")
-    parser.add_argument("--requests", type=int, default=240)
+    parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--slots", type=int, default=32, help="of llama.cpp (default 32)")
     parser.add_argument("--port", type=int, default=8124)
