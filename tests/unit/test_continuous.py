@@ -47,13 +47,14 @@ def prompts(count: int) -> list[np.ndarray]:
 
 def alone(session: TransformersSession, prompt: np.ndarray, new_tokens: int, stop: bool = False) -> list[int]:
     """Greedy, without a cache."""
+    (end,) = session.ends()
     ids = prompt.tolist()
     for _ in range(new_tokens):
-        logits = session.logits(np.array([ids]))[0, -1]
+        logits = session.logits(np.array([ids]))[0, -1].clone()
         if not stop:
-            logits[1] = -torch.inf
+            logits[end] = -torch.inf
         ids.append(int(logits.argmax()))
-        if stop and ids[-1] == 1:
+        if stop and ids[-1] == end:
             break
     return ids[len(prompt) :]
 
@@ -93,7 +94,9 @@ def test_no_more_than_so_many_at_once(session: TransformersSession, monkeypatch:
     assert all(len(given) == 5 for given in answers.values())
 
 
-def test_an_answer_ends_where_the_model_ends_it(session: TransformersSession) -> None:
+def test_an_answer_ends_where_the_model_ends_it(session: TransformersSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    says = alone(session, prompts(8)[0], 20)
+    monkeypatch.setattr(session.model.generation_config, "eos_token_id", says[10])
     expected = {length: alone(session, prompt, 60, stop=True) for length, prompt in enumerate(prompts(8))}
     assert any(len(answer) < 60 for answer in expected.values())
     numbers = {session.submit(prompt, 60, stop=True): length for length, prompt in enumerate(prompts(8))}
