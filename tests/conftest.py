@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
         initializer_range=0.1,  # larger than usual, so that the random model's predictions are not all alike
     )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_small(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of one layer with the vocabulary of `tiny_model`."""
+    import torch
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("small") / "small")
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.num_hidden_layers = 1
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 

@@ -144,10 +144,11 @@ def make(recipe: Recipe, store: Store, progress: Progress) -> tuple[list[Candida
     """The recipe's candidates, and prompts, int64 (requests, tokens). Finished stages are taken from the store."""
     run = stages.Run(recipe, store, progress, make_plan(recipe, store), "cpu")
     base = stages.fetch_base(run)
+    bases = stages.fetch_bases(run, base)
     texts = stages.make_windows(run, base, stages.fetch_data(run))
     checkpoints = {"base": base}
     for variant, steps in recipe.variants.items():
-        checkpoints[variant] = stages.make_variant(run, variant, steps, base, texts)
+        checkpoints[variant] = stages.make_variant(run, variant, steps, bases, texts)
     made = [
         stages.export(run, variant, runtime, checkpoints[variant], texts) for variant, runtime in recipe.candidates()
     ]

@@ -79,6 +79,7 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
     record = _blank_record(recipe, recipe_path, folder)
 
     base = stages.fetch_base(current)
+    bases = stages.fetch_bases(current, base)
     data = stages.fetch_data(current)
     texts = stages.make_windows(current, base, data)
     texts = stages.check_overlap(current, base, data, texts)
@@ -89,7 +90,7 @@ def _run_stages(current: Run, recipe_path: Path, folder: Path) -> RunRecord:
     errors: dict[str, str] = {}
     for variant, steps in recipe.variants.items():
         with current.forgiving(variant, errors):
-            checkpoints[variant] = stages.make_variant(current, variant, steps, base, texts)
+            checkpoints[variant] = stages.make_variant(current, variant, steps, bases, texts)
     for variant, runtime in recipe.candidates():
         candidate_id = f"{variant}@{runtime}"
         if variant in errors:
@@ -339,11 +340,13 @@ def _notes(recipe: Recipe, benchmark: BenchmarkReport) -> list[str]:
         f"{recipe.benchmark.workload.input_tokens} in and {recipe.benchmark.workload.output_tokens} out.",
         "Each concurrency was measured as waves: all requests start together, and the next wave when all have ended.",
     ]
-    if re.search(r"Q4_1\.gguf", recipe.base.uri):
-        notes.append(
-            "The base's linear layers were 4-bit once (Q4_1: asymmetric, blocks of 32). Asymmetric 4-bit in blocks of "
-            "32 would find that grid again and look free; symmetric groups, or larger ones, do not."
-        )
+    notes += [
+        f"{'The base' if name == 'base' else f'Base {name}'}'s linear layers were 4-bit once (Q4_1: asymmetric, blocks "
+        "of 32). Asymmetric 4-bit in blocks of 32 would find that grid again and look free; symmetric groups, or "
+        "larger ones, do not."
+        for name, base in recipe.all_bases.items()
+        if re.search(r"Q4_1\.gguf", base.uri)
+    ]
     return notes
 
 

@@ -391,3 +391,8 @@ class RunRecord(Record):
     ceilings: Measured | None = Field(None, description="the machine's speed in the benchmark's session")
     energy_counters: list[str] = Field([], description="what joules were counted by")
     notes: list[str] = Field([], description="what a reader must know to read the numbers rightly")
+
+    def start_of(self, variant: str) -> str:
+        """Name of the base that a variant was made from; `base` is the recipe's own."""
+        steps = (self.recipe.resolved.get("variants") or {}).get(variant) or [{}]
+        return (steps[0].get("from") or {}).get("base", "base")

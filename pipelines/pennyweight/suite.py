@@ -159,7 +159,13 @@ class Condition(Section):
     """Worse than the base by less than this fraction of the base's value."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     for_every_variant: bool = False
-    """Divergence decides for distilled and pruned variants too, which are not meant to predict what the base does."""
+    """Divergence decides for variants too that are not meant to predict what the base does: distilled, pruned, or made
+    from another base."""
+
+    @property
+    def needs_imitation(self) -> bool:
+        """It decides only where a variant should predict what the base predicts, and informs elsewhere."""
+        return self.metric in CHANGE_METRICS and not self.for_every_variant
 
     @model_validator(mode="after")
     def _one_bound(self) -> Condition:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,25 @@ def test_a_healed_variant_goes_through_the_whole_flow(tiny_recipe_text: str, tmp
     refused = pennyweight("run", "tiny.yaml", cwd=tmp_path, store=tmp_path / "store")
     assert refused.returncode == 2
     assert "put a quantize step before it" in refused.stderr
+
+
+def test_what_was_quantized_need_not_be_the_base(base: Checkpoint, tiny_model: Path, tmp_path: Path) -> None:
+    """The base without its second layer is quantized, and learns what the whole base predicts."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    del model.model.layers[1:]
+    model.config.num_hidden_layers, model.config.layer_types = 1, None
+    for name in ("cut", "rounded", "healed"):
+        (tmp_path / name).mkdir()
+    model.save_pretrained(tmp_path / "cut")
+    cut = checkpoints.describe(tmp_path / "cut", "cut")
+    quantize_step.run(cut, Quantize(scheme="w4a16", group_size=32), StepContext("cpu", 0), tmp_path / "rounded")
+    rounded = checkpoints.describe(tmp_path / "rounded", "rounded")
+    step = STEP.model_copy(update={"train": ["scales", "norms", "rounding"], "hidden": 0.1, "steps": 20})
+    done = recover.run(rounded, step, replace(context(base, step), rounded=cut), tmp_path / "healed")
+    assert done.kl_after < done.kl_before
+    assert done.moved > 0
+    healed = checkpoints.describe(tmp_path / "healed", "x")
+    assert (healed.parameters, healed.bytes) == (cut.parameters, rounded.bytes)
+    assert healed.parameters < base.parameters

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from pennyweight.plan.allocation import allocated_bytes, budget_problems, layer_choices, least_bytes
 from pennyweight.plan.problems import Problems, check_steps
 from pennyweight.plan.schemes import check_runtimes
+from pennyweight.plan.shapes import Shapes, Start
 from pennyweight.plan.sizes import ModelShape, dense_bytes, model_shape
 from pennyweight.quantization import decoder
 from pennyweight.quantization.allocation import knapsack, sensitivity
@@ -168,8 +170,13 @@ def auto(**settings: object) -> Quantize:
 
 
 @pytest.fixture(scope="module")
-def shape(tiny_model: Path) -> ModelShape:
-    return model_shape(json.loads((tiny_model / "config.json").read_text()), "bfloat16")
+def config(tiny_model: Path) -> dict[str, Any]:
+    return json.loads((tiny_model / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def shape(config: dict[str, Any]) -> ModelShape:
+    return model_shape(config, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -218,7 +225,7 @@ def test_sizes_that_divide_no_layer_are_refused(shape: ModelShape) -> None:
     ]
 
 
-def test_the_plan_finds_what_a_runtime_cannot_run(shape: ModelShape, tiny_recipe_text: str) -> None:
+def test_the_plan_finds_what_a_runtime_cannot_run(config: dict[str, Any], tiny_recipe_text: str) -> None:
     body = yaml.safe_load(tiny_recipe_text)
     step = auto(choices=[3, 4], group_sizes=[8, 32], head="auto", embedding="auto", budget={"bytes": 1000})
     body["variants"] = {"mixed": [{"quantize": step.model_dump(exclude={"kind"}, exclude_defaults=True)}]}
@@ -226,8 +233,11 @@ def test_the_plan_finds_what_a_runtime_cannot_run(shape: ModelShape, tiny_recipe
     body["evaluate"] = {"name": "text", "divergence": {"text": "held-out-text"}}
     body["gate"] = [{"metric": "kl_mean", "max": 1.0}]
     found = Problems("recipe.yaml")
-    check_steps(Recipe.model_validate(body), shape, "cpu", found)
-    check_runtimes(Recipe.model_validate(body), found)
+    recipe = Recipe.model_validate(body)
+    shapes = Shapes(recipe)
+    shapes.add("base", Start(config, "bfloat16"))
+    check_steps(recipe, shapes, "cpu", found)
+    check_runtimes(recipe, found)
     said = {problem.path.removeprefix("variants.mixed.0.quantize."): problem.message for problem in found.found}
     assert said.keys() == {"head", "budget", "group_sizes"}
     assert "head and embedding are one matrix here" in said["head"]

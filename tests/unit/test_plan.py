@@ -9,9 +9,10 @@ import pytest
 
 from pennyweight import installed, machine, plan, sources, speed
 from pennyweight.errors import SourceError
-from pennyweight.plan import Plan, constants, make_plan, model_shape, sizes
+from pennyweight.plan import Plan, constants, make_plan, sizes
 from pennyweight.plan.problems import group_sizes
-from pennyweight.recipe import Quantize, Recipe
+from pennyweight.plan.sizes import model_shape
+from pennyweight.recipe import Base, Quantize, Recipe
 from pennyweight.records import Measured
 from pennyweight.store import Store
 
@@ -486,13 +487,6 @@ def test_a_step_that_quantizes_nothing(calm: Store) -> None:
     assert problems(made) == [("variants.a.0.quantize", "quantizes no layer of this model")]
 
 
-def test_a_variant_is_quantized_once(calm: Store) -> None:
-    quantize = {"quantize": {"scheme": "w8a16", "group_size": 32}}
-    assert [path for path, _ in problems(make_plan(recipe({"a": [quantize, quantize]}), calm))] == [
-        "variants.a.1.quantize"
-    ]
-
-
 def test_windows_longer_than_the_model_knows(calm: Store) -> None:
     calibrate = {"source": "wiki", "samples": 2, "length": 65}
     gptq = {"quantize": {"scheme": "w4a16", "group_size": 32, "method": "gptq", "calibrate": calibrate}}
@@ -635,8 +629,8 @@ def test_benchmark_time_is_the_sum_of_waves(calm: Store, monkeypatch: pytest.Mon
     """Three candidates; eight rounds at concurrency 1 and three at 4, each with one short wave before them. The
     machine's speed is measured before and after."""
 
-    def wave(job: Any, runtime: str, step: Any, concurrency: int, input_tokens: int, output_tokens: int) -> float:
-        return {(16, 8): 1.0, (16, 2): 0.25}[input_tokens, output_tokens] * concurrency
+    def wave(job: Any, shape: Any, runtime: str, step: Any, concurrency: int, given: int, made: int) -> float:
+        return {(16, 8): 1.0, (16, 2): 0.25}[given, made] * concurrency
 
     monkeypatch.setattr(plan.stages, "wave_seconds", wave)
     monkeypatch.setattr(plan.job, "IMPORT_SECONDS", dict.fromkeys(constants.IMPORT_SECONDS, 0.0))
@@ -689,7 +683,7 @@ def test_gptq_takes_longer_than_rounding_by_its_text(calm: Store) -> None:
     ],
 )
 def test_base_dtype(dtype: str, uri: str, config: dict[str, Any], expected: str) -> None:
-    assert plan.base_dtype(recipe(base={"uri": uri, "dtype": dtype}), config) == expected
+    assert plan.base_dtype(Base(uri=uri, dtype=dtype), config) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pennyweight.records import ConditionResult
 from pennyweight.statistics import Estimate, Mean, MeanOfTasks, PairedTable
 from pennyweight.statistics.power import POWER, detectable, items_needed
 from pennyweight.statistics.sequential import boundaries, inflation
-from pennyweight.suite import CHANGE_METRICS, Condition, source_of
+from pennyweight.suite import Condition, source_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Hypothesis:
         self.z = 0.0
         tests = (len(item.names) if item.combine == "worst" else 1 for item in recipe.quality_conditions)
         self._number_of_tests = sum(tests) + len(recipe.saving_conditions)
-        self.only_informs = condition.metric in CHANGE_METRICS and not condition.for_every_variant
+        self.only_informs = condition.needs_imitation
         self._higher = recipe.evaluate.metrics()[names[0]]
         self._fractions = (1.0,)
         if recipe.on_inconclusive == "extend":

@@ -193,13 +193,13 @@ class _Stored(torch.nn.Module):
 
 
 class Student:
-    """The base's architecture with a quantized checkpoint's weights."""
+    """The model that was quantized, with the quantized checkpoint's weights."""
 
-    def __init__(self, checkpoint: Checkpoint, teacher: Any, moves: Moves):
-        """`teacher` gives the architecture, and the weights that integers were rounded from."""
-        self.model: Any = copy.deepcopy(teacher)
+    def __init__(self, checkpoint: Checkpoint, exact: Any, moves: Moves):
+        """`exact` gives the architecture, and the weights that integers were rounded from."""
+        self.model: Any = copy.deepcopy(exact)
         self.layers = read_quantized(Path(checkpoint.path))
-        self._teacher, self._stored = teacher, getattr(torch, checkpoint.dtype)
+        self._exact, self._stored = exact, getattr(torch, checkpoint.dtype)
         self.scaled: dict[str, ScaledLinear] = {}
         self._fill(read_tensors(Path(checkpoint.path)), moves)
 
@@ -229,7 +229,7 @@ class Student:
             if "biases" in train and layer.bias is not None:
                 yield learn_stored(layer, "bias", self._stored)
             if {"rounding", "low_rank"} & set(train):
-                yield from layer.learn_places(self._teacher.get_submodule(name).weight.data, rank, generator)
+                yield from layer.learn_places(self._exact.get_submodule(name).weight.data, rank, generator)
             if "adapter" in train:
                 yield from layer.learn_adapter(rank, generator)
         if "norms" in train:

@@ -13,13 +13,22 @@ from pennyweight import installed, machine, speed
 from pennyweight.errors import SourceError, StoreError
 from pennyweight.plan.constants import DOWNLOAD_BYTES_PER_SECOND
 from pennyweight.plan.job import Job
-from pennyweight.plan.problems import Problems, check_lengths, check_levers, check_machine, check_room, check_steps
+from pennyweight.plan.problems import (
+    Problems,
+    check_bases,
+    check_lengths,
+    check_levers,
+    check_machine,
+    check_room,
+    check_steps,
+)
 from pennyweight.plan.records import Plan, PlanProblem
 from pennyweight.plan.schemes import check_backends, check_runtimes, scheme_notes
+from pennyweight.plan.shapes import Shapes, Start
 from pennyweight.plan.show import format_bytes, format_plan, format_seconds
-from pennyweight.plan.sizes import ITEMSIZE, ModelShape, model_shape
+from pennyweight.plan.sizes import ITEMSIZE
 from pennyweight.plan.stages import estimate_stages
-from pennyweight.recipe import Recipe
+from pennyweight.recipe import Base, Recipe
 from pennyweight.records import Measured
 from pennyweight.store import Store
 
@@ -34,19 +43,20 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     device = machine.resolve_device(recipe.device)
     found = Problems(file or recipe.name)
     measured = measured_speed(store, device)
-    config, notes = _base_config(recipe, store, found)
-    shape = _shape(recipe, config, found)
+    shapes, notes = _shapes(recipe, store, found)
+    shape = shapes.of_base("base")
     missing = check_machine(recipe, device, found) + check_backends(recipe, device, found)
     check_runtimes(recipe, found)
+    check_bases(recipe, shapes, found)
     if shape:
-        check_steps(recipe, shape, device, found)
-        check_lengths(recipe, shape, found)
+        check_steps(recipe, shapes, device, found)
+        check_lengths(recipe, shapes, found)
         check_levers(recipe, found)
     notes += _notes(device, measured) + scheme_notes(recipe)
     if recipe.on_inconclusive == "extend":
         notes.append("further looks at undecided candidates are not counted: they depend on what is seen")
     notes += _saving_notes(recipe)
-    job = Job(recipe, store, device, shape, measured)
+    job = Job(recipe, store, device, shapes, measured)
     stages = [] if found.of_kind("recipe") and shape is None else estimate_stages(job)
     plan = Plan(
         name=recipe.name,
@@ -101,43 +111,55 @@ def measured_speed(store: Store, device: str) -> Measured | None:
     return Measured.model_validate(entry.record)
 
 
-def _base_config(recipe: Recipe, store: Store, found: Problems) -> tuple[dict[str, Any] | None, list[str]]:
-    """The base's config where it can be had before the download, and notes on why not."""
+def _shapes(recipe: Recipe, store: Store, found: Problems) -> tuple[Shapes, list[str]]:
+    """Shapes of the bases that can be had before the download, and notes on why others cannot."""
+    shapes, notes = Shapes(recipe), []
+    for name, base in recipe.all_bases.items():
+        path = "base" if name == "base" else f"bases.{name}"
+        config, unknown = _base_config(base, path, store, found)
+        notes += unknown
+        if config is not None:
+            _add_shape(shapes, name, path, config, found)
+    return shapes, notes
+
+
+def _base_config(base: Base, path: str, store: Store, found: Problems) -> tuple[dict[str, Any] | None, list[str]]:
+    """A base's config where it can be had before the download, and notes on why not."""
     from pennyweight import sources
 
-    unknown = "sizes, memory and times are unknown until the base's config can be read"
+    which = "the base's config" if path == "base" else f"the config of {path}"
+    unknown = f"sizes, memory and times are unknown until {which} can be read"
     try:
-        config = sources.base_config(recipe.base, store)
+        config = sources.base_config(base, store)
     except SourceError as error:
-        if sources.scheme_of(recipe.base.uri) == "file":
-            found.add("base", error.message, error.hint)
+        if sources.scheme_of(base.uri) == "file":
+            found.add(path, error.message, error.hint)
             return None, []
         return None, [error.message, unknown]
     return config, [] if config else [unknown]
 
 
-def _shape(recipe: Recipe, config: dict[str, Any] | None, found: Problems) -> ModelShape | None:
-    if config is None:
-        return None
+def _add_shape(shapes: Shapes, name: str, path: str, config: dict[str, Any], found: Problems) -> None:
+    """Let a base's shape be known, unless it is no decoder to start from, or has code of its own that knows better."""
+    base = shapes.recipe.all_bases[name]
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         hint = "start from the model that it was quantized from"
-        found.add("base", f"the base is quantized already, in {method} format", hint)
-        return None
+        found.add(path, f"the base is quantized already, in {method} format", hint)
+        return
     try:
-        return model_shape(config, base_dtype(recipe, config))
+        shapes.add(name, Start(config, base_dtype(base, config)))
     except (ValueError, KeyError, AttributeError) as error:
-        if not recipe.base.trust_remote_code:
+        if not base.trust_remote_code:
             reason = str(error).strip("'").splitlines()[0][:160]
             known = f"transformers {installed.installed_version('transformers')} knows no decoder of this kind"
-            found.add("base", f"model type {config.get('model_type')!r}: {reason}", known)
-        return None
+            found.add(path, f"model type {config.get('model_type')!r}: {reason}", known)
 
 
-def base_dtype(recipe: Recipe, config: dict[str, Any]) -> str:
-    """dtype that the base's checkpoint is stored in: the recipe's, else bfloat16 for a GGUF file, else the config's."""
-    if recipe.base.dtype != "auto":
-        return recipe.base.dtype
-    if recipe.base.uri.endswith(".gguf"):
+def base_dtype(base: Base, config: dict[str, Any]) -> str:
+    """dtype that a base's checkpoint is stored in: the recipe's, else bfloat16 for a GGUF file, else the config's."""
+    if base.dtype != "auto":
+        return base.dtype
+    if base.uri.endswith(".gguf"):
         return "bfloat16"
     stated = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return stated if stated in ITEMSIZE else "float32"

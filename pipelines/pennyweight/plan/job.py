@@ -16,8 +16,9 @@ from pennyweight.plan.constants import (
     TASK_SHAPES,
     UNKNOWN_TASK,
 )
+from pennyweight.plan.shapes import Shapes
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, ceil_div, dense_bytes, gguf_bytes, onnx_bytes, packed_bytes
-from pennyweight.recipe import Quantize, Recipe
+from pennyweight.recipe import From, Quantize, Recipe
 from pennyweight.records import Measured
 from pennyweight.store import Store
 
@@ -29,50 +30,58 @@ class Job:
     recipe: Recipe
     store: Store
     device: str
-    shape: ModelShape | None
+    shapes: Shapes
     measured: Measured | None
     imported: set[str] = field(default_factory=set)
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """The base's; None where it is not known before the download."""
+        return self.shapes.of("base")
+
+    def shape_of(self, variant: str, done: int | None = None) -> ModelShape | None:
+        """Shape of a variant's weights, unquantized, after its first `done` steps, all by default; None where it is not
+        known, or where a step cannot be applied."""
+        return self.shapes.of(variant, done)
 
     def imports(self, *libraries: str) -> float:
         new = set(libraries) - self.imported
         self.imported |= new
         return sum(IMPORT_SECONDS[name] for name in new)
 
-    def compute_dtype(self, runtime: str, quantized: bool) -> str:
+    def compute_dtype(self, shape: ModelShape, runtime: str, quantized: bool) -> str:
         """What a candidate multiplies in, as EFFICIENCY names it."""
         if quantized and runtime != "transformers":
             return "integers"
         if runtime == "onnxruntime":
             return {"cpu": "float32", "cuda": "float16"}[self.device]
-        assert self.shape
-        native = self.device == "cuda" or (self.shape.dtype == "bfloat16" and machine.has_native_bf16())
-        return self.shape.dtype if native else "float32"
+        native = self.device == "cuda" or (shape.dtype == "bfloat16" and machine.has_native_bf16())
+        return shape.dtype if native else "float32"
 
-    def loaded_bytes(self, runtime: str, step: Quantize | None) -> int:
+    def loaded_bytes(self, shape: ModelShape, runtime: str, step: Quantize | None) -> int:
         """Memory that a loaded candidate's weights take."""
-        assert self.shape
         if runtime in COPIES:
-            return int(COPIES[runtime] * exported_bytes(self, runtime, step))
-        untied = math.prod(self.shape.head) if step and step.head != "none" and self.shape.tied else 0
-        return (self.shape.parameters + untied) * ITEMSIZE[self.compute_dtype(runtime, step is not None)]
+            return int(COPIES[runtime] * exported_bytes(self, shape, runtime, step))
+        untied = math.prod(shape.head) if step and step.head != "none" and shape.tied else 0
+        return (shape.parameters + untied) * ITEMSIZE[self.compute_dtype(shape, runtime, step is not None)]
 
 
-def exported_bytes(job: Job, runtime: str, step: Quantize | None) -> int:
+def exported_bytes(job: Job, shape: ModelShape, runtime: str, step: Quantize | None) -> int:
     """Tensor bytes of what is exported for a runtime that does not load checkpoints."""
-    assert job.shape
     if runtime == "openvino":
-        return gguf_bytes(job.shape, step)
-    return onnx_bytes(job.shape, step, job.device)
+        return gguf_bytes(shape, step)
+    return onnx_bytes(shape, step, job.device)
 
 
-def score_seconds(job: Job, runtime: str, dtype: str, tokens: int, batch_tokens: int) -> float | None:
+def score_seconds(
+    job: Job, shape: ModelShape, runtime: str, dtype: str, tokens: int, batch_tokens: int
+) -> float | None:
     """Time to compute the logits of `tokens` tokens in batches of `batch_tokens`."""
-    assert job.shape
     if job.measured is None:
         return None
     efficiency = EFFICIENCY[runtime, dtype]
-    products = 2 * tokens * job.shape.product_weights / (rate(job, dtype) * efficiency.product)
-    return products + ceil_div(tokens, max(batch_tokens, 1)) * job.shape.layers * efficiency.layer_seconds
+    products = 2 * tokens * shape.product_weights / (rate(job, dtype) * efficiency.product)
+    return products + ceil_div(tokens, max(batch_tokens, 1)) * shape.layers * efficiency.layer_seconds
 
 
 def compare_seconds(job: Job, tokens: int) -> float | None:
@@ -80,7 +89,8 @@ def compare_seconds(job: Job, tokens: int) -> float | None:
     assert job.shape
     if job.measured is None:
         return None
-    head = 2 * tokens * math.prod(job.shape.head) / (rate(job, job.compute_dtype("transformers", False)) * 0.5)
+    dtype = job.compute_dtype(job.shape, "transformers", False)
+    head = 2 * tokens * math.prod(job.shape.head) / (rate(job, dtype) * 0.5)
     return head + tokens * job.shape.head[0] * COMPARE_SECONDS_PER_LOGIT
 
 
@@ -101,15 +111,17 @@ def divergence_tokens(recipe: Recipe) -> int:
     return text.windows * text.length if text else 0
 
 
-def generation_seconds(job: Job, runtime: str, step: Quantize | None) -> float | None:
+def generation_seconds(job: Job, shape: ModelShape, runtime: str, step: Quantize | None) -> float | None:
     """Time to continue the suite's prompts, wave by wave, and for the base to read the continuations."""
     spec, batch = job.recipe.evaluate.generation, job.recipe.evaluate.batch_size
     if spec is None:
         return 0.0
-    dtype = job.compute_dtype("transformers", False)
-    wave = wave_seconds(job, runtime, step, min(batch, spec.prompts), spec.input_tokens, spec.output_tokens)
+    assert job.shape
+    dtype = job.compute_dtype(job.shape, "transformers", False)
+    wave = wave_seconds(job, shape, runtime, step, min(batch, spec.prompts), spec.input_tokens, spec.output_tokens)
     tokens = spec.prompts * (spec.input_tokens + spec.output_tokens)
-    reading = score_seconds(job, "transformers", dtype, tokens, batch * (spec.input_tokens + spec.output_tokens))
+    wave_tokens = batch * (spec.input_tokens + spec.output_tokens)
+    reading = score_seconds(job, job.shape, "transformers", dtype, tokens, wave_tokens)
     return None if wave is None or reading is None else ceil_div(spec.prompts, batch) * wave + reading
 
 
@@ -127,39 +139,50 @@ def step_of(recipe: Recipe, variant: str) -> Quantize | None:
     return next((step for step in recipe.variants.get(variant, []) if isinstance(step, Quantize)), None)
 
 
+def rounds_its_start(recipe: Recipe, variant: str) -> bool:
+    """What a variant quantizes is the base that it starts from, unchanged."""
+    first = next(step for step in recipe.variants[variant] if not isinstance(step, From))
+    return isinstance(first, Quantize)
+
+
 def per_gb(work: str, size: int) -> float:
     return SECONDS_PER_GB[work] * size / 1e9
 
 
 def wave_seconds(
-    job: Job, runtime: str, step: Quantize | None, concurrency: int, input_tokens: int, output_tokens: int
+    job: Job,
+    shape: ModelShape,
+    runtime: str,
+    step: Quantize | None,
+    concurrency: int,
+    input_tokens: int,
+    output_tokens: int,
 ) -> float | None:
     """One wave of requests served together: the prompts, then one step for each further token."""
-    assert job.shape
     if job.measured is None:
         return None
-    dtype = job.compute_dtype(runtime, step is not None)
+    dtype = job.compute_dtype(shape, runtime, step is not None)
     efficiency = EFFICIENCY[runtime, dtype]
-    calls = job.shape.layers * efficiency.layer_seconds
-    token = 2 * concurrency * job.shape.product_weights / rate(job, dtype)  # one token of each request
-    streamed = _streamed_bytes(job, runtime, step) / (job.measured.read_gb_per_s * 1e9 * efficiency.read)
+    calls = shape.layers * efficiency.layer_seconds
+    token = 2 * concurrency * shape.product_weights / rate(job, dtype)  # one token of each request
+    streamed = _streamed_bytes(job, shape, runtime, step) / (job.measured.read_gb_per_s * 1e9 * efficiency.read)
     prefill = input_tokens * token / efficiency.prefill + calls
     return prefill + (output_tokens - 1) * (streamed + token / efficiency.decode + calls)
 
 
-def _streamed_bytes(job: Job, runtime: str, step: Quantize | None) -> int:
+def _streamed_bytes(job: Job, shape: ModelShape, runtime: str, step: Quantize | None) -> int:
     """Bytes of weights that a decoding step reads: all but the embedding, of which it reads one row a request."""
-    assert job.shape
-    weights = job.loaded_bytes(runtime, step) if runtime == "transformers" else exported_bytes(job, runtime, step)
-    itemsize = 4 if runtime == "onnxruntime" and job.device == "cpu" else ITEMSIZE[job.shape.dtype]
-    separate = not job.shape.tied or (step is not None and step.head != "none")
-    return weights - (math.prod(job.shape.head) * itemsize if separate else 0)
+    exported = runtime != "transformers"
+    weights = exported_bytes(job, shape, runtime, step) if exported else job.loaded_bytes(shape, runtime, step)
+    itemsize = 4 if runtime == "onnxruntime" and job.device == "cpu" else ITEMSIZE[shape.dtype]
+    separate = not shape.tied or (step is not None and step.head != "none")
+    return weights - (math.prod(shape.head) * itemsize if separate else 0)
 
 
 def candidate_bytes(job: Job, variant: str, runtime: str) -> int:
-    step = step_of(job.recipe, variant)
-    if job.shape is None:
+    shape, step = job.shape_of(variant), step_of(job.recipe, variant)
+    if shape is None:
         return 0
     if runtime != "transformers":
-        return exported_bytes(job, runtime, step)
-    return packed_bytes(job.shape, step) if step else dense_bytes(job.shape)
+        return exported_bytes(job, shape, runtime, step)
+    return packed_bytes(shape, step) if step else dense_bytes(shape)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pennyweight import installed, machine, runtimes
-from pennyweight.errors import StoreError, did_you_mean
+from pennyweight.errors import SourceError, StoreError, did_you_mean
 from pennyweight.plan.allocation import budget_problems
 from pennyweight.plan.constants import BASELINE_BYTES
 from pennyweight.plan.records import Plan, PlanProblem, StageEstimate
+from pennyweight.plan.shapes import Shapes
 from pennyweight.plan.show import format_bytes
 from pennyweight.plan.sizes import ModelShape, is_ignored, quantized_layers
 from pennyweight.recipe import PER_CHANNEL, Quantize, Recipe, Recover
@@ -57,34 +58,57 @@ def check_levers(recipe: Recipe, found: Problems) -> None:
             )
 
 
-def check_steps(recipe: Recipe, shape: ModelShape, device: str, found: Problems) -> None:
-    exported = "onnxruntime" in recipe.runtimes.variants
+def check_steps(recipe: Recipe, shapes: Shapes, device: str, found: Problems) -> None:
+    for path, message in shapes.faults():
+        found.add(path, message)
     for variant, steps in recipe.variants.items():
+        shape = shapes.of(variant)
         for index, step in enumerate(steps):
             path = f"variants.{variant}.{index}.{step.kind}"
-            quantized = any(isinstance(before, Quantize) for before in steps[:index])
             if isinstance(step, Recover):
-                if not quantized:
-                    found.add(path, "recover heals quantized weights", "put a quantize step before it")
                 if step.compile and device == "cpu" and not machine.has_cpp_compiler():
                     hint = "install g++, name one in CXX, or leave it out"
                     found.add(f"{path}.compile", "torch.compile needs a C++ compiler on a CPU", hint, "machine")
-                continue
-            if quantized:
-                found.add(path, "the step before it has quantized these weights already", "keep one of the two")
-                continue
-            _check_ignore(path, step, shape, found)
-            layers = quantized_layers(shape, step)
-            _check_embedding(path, step, shape, found)
-            if layers and step.scheme == "auto":
-                for key, message, hint in budget_problems(shape, step):
-                    found.add(f"{path}.{key}", message, hint)
-            if layers:
-                _check_groups(path, step, layers, exported, found)
-                if exported or step.maker == "gptqmodel":
-                    _check_rows(path, step, shape, layers, found)
-            else:
-                found.add(path, "quantizes no layer of this model", "shorten `ignore`")
+                teacher = shapes.of(variant, 0)
+                if step.hidden and teacher and shape and teacher.hidden != shape.hidden:
+                    widths = f"which have {shape.hidden} numbers here and {teacher.hidden} in the base"
+                    found.add(f"{path}.hidden", f"compares hidden states, {widths}", "leave it out")
+            elif isinstance(step, Quantize) and shape:
+                _check_quantize(path, step, shape, "onnxruntime" in recipe.runtimes.variants, found)
+
+
+def _check_quantize(path: str, step: Quantize, shape: ModelShape, exported: bool, found: Problems) -> None:
+    _check_ignore(path, step, shape, found)
+    layers = quantized_layers(shape, step)
+    _check_embedding(path, step, shape, found)
+    if layers and step.scheme == "auto":
+        for key, message, hint in budget_problems(shape, step):
+            found.add(f"{path}.{key}", message, hint)
+    if layers:
+        _check_groups(path, step, layers, exported, found)
+        if exported or step.maker == "gptqmodel":
+            _check_rows(path, step, shape, layers, found)
+    else:
+        found.add(path, "quantizes no layer of this model", "shorten `ignore`")
+
+
+def check_bases(recipe: Recipe, shapes: Shapes, found: Problems) -> None:
+    """Bases that do not speak the recipe's base's tokens, as far as that shows before the download."""
+    from pennyweight import sources
+    from pennyweight.sources import vocabulary
+
+    own = shapes.of_base("base")
+    folder = sources.local_folder(recipe.base)
+    for name, base in recipe.bases.items():
+        shape, other = shapes.of_base(name), sources.local_folder(base)
+        if shape is None or own is None:
+            continue
+        try:
+            difference = vocabulary.difference(other, folder) if folder and other else None
+        except SourceError as error:
+            difference = error.message
+        if difference := difference or vocabulary.difference_of_rows(shape.head[0], own.head[0]):
+            found.add(f"bases.{name}", difference, vocabulary.HINT)
 
 
 def _check_ignore(path: str, step: Quantize, shape: ModelShape, found: Problems) -> None:
@@ -150,20 +174,28 @@ def group_sizes(inputs: list[int], exported: bool) -> list[int]:
     return [size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if size >= smallest and common % size == 0]
 
 
-def check_lengths(recipe: Recipe, shape: ModelShape, found: Problems) -> None:
-    limit = f"the model knows {shape.context} positions"
+def check_lengths(recipe: Recipe, shapes: Shapes, found: Problems) -> None:
+    """Texts and requests longer than a model knows positions."""
     for variant, steps in recipe.variants.items():
+        shape = shapes.of(variant)
         for index, step in enumerate(steps):
-            if step.calibrate and step.calibrate.length > shape.context:
+            if shape and step.calibrate and step.calibrate.length > shape.context:
                 path = f"variants.{variant}.{index}.{step.kind}.{step.text_key}"
-                found.add(path, f"windows of {step.calibrate.length} tokens; {limit}")
+                message = f"windows of {step.calibrate.length} tokens; the model knows {shape.context} positions"
+                found.add(path, message)
+    known = {name: shape.context for name in recipe.all_bases if (shape := shapes.of_base(name))}
+    if not known:
+        return
+    shortest = min(known, key=known.__getitem__)
+    context = known[shortest]
+    limit = f"{'the model' if shortest == 'base' else f'base {shortest}'} knows {context} positions"
     for name, text in recipe.evaluate.texts().items():
-        if text.length > shape.context:
+        if text.length > context:
             found.add("evaluate", f"{name} windows of {text.length} tokens; {limit}")
-    if (spec := recipe.evaluate.generation) and spec.input_tokens + spec.output_tokens > shape.context:
+    if (spec := recipe.evaluate.generation) and spec.input_tokens + spec.output_tokens > context:
         found.add("evaluate.generation", f"{spec.input_tokens} + {spec.output_tokens} tokens; {limit}")
     load = recipe.benchmark.workload
-    if load.input_tokens + load.output_tokens > shape.context:
+    if load.input_tokens + load.output_tokens > context:
         found.add("benchmark.workload", f"{load.input_tokens} + {load.output_tokens} tokens a request; {limit}")
 
 

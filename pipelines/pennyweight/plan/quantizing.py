@@ -26,9 +26,9 @@ def estimate_quantize(job: Job, shape: ModelShape, variant: str, step: Quantize)
     library = {"llm-compressor": ["llmcompressor"], "auto-round": ["auto-round"]}.get(step.maker, [])
     rounding = job.imports("transformers", *library) + per_gb("round", dense_bytes(shape)) + _reload_seconds(shape)
     calibrated = step.calibrate and (step.scheme, step.method) != ("auto", "rtn")
-    solving = _calibration_seconds(job, step) if calibrated else 0.0
+    solving = _calibration_seconds(job, shape, step) if calibrated else 0.0
     if step.scheme == "auto":
-        searching = _allocation_seconds(job, step)
+        searching = _allocation_seconds(job, shape, step)
         solving = None if solving is None or searching is None else solving + searching
     return StageEstimate(
         stage="quantize", subject=variant, seconds=None if solving is None else rounding + solving,
@@ -42,29 +42,29 @@ def _reload_seconds(shape: ModelShape) -> float:
     return IMPORT_SECONDS["transformers"] + per_gb("load", dense_bytes(shape))
 
 
-def _calibration_seconds(job: Job, step: Quantize) -> float | None:
+def _calibration_seconds(job: Job, shape: ModelShape, step: Quantize) -> float | None:
     """Two passes of the calibration text, and what the method makes of it."""
-    assert job.shape and step.calibrate
+    assert step.calibrate
     if job.measured is None:
         return None
     tokens = step.calibrate.samples * step.calibrate.length
-    dtype = job.compute_dtype("transformers", False)
-    forward = 2 * score_seconds(job, "transformers", dtype, tokens, CALIBRATION_BATCH * step.calibrate.length)
-    layers = [job.shape.linears[name] for name in quantized_layers(job.shape, step) if name in job.shape.linears]
+    dtype = job.compute_dtype(shape, "transformers", False)
+    forward = 2 * score_seconds(job, shape, "transformers", dtype, tokens, CALIBRATION_BATCH * step.calibrate.length)
+    layers = [shape.linears[name] for name in quantized_layers(shape, step) if name in shape.linears]
     return forward + _solving_seconds(job, step, layers, tokens)
 
 
-def _allocation_seconds(job: Job, step: Quantize) -> float | None:
+def _allocation_seconds(job: Job, shape: ModelShape, step: Quantize) -> float | None:
     """Forward and back through the sensitivity's windows, and a product more for each choice; then the trials."""
-    assert job.shape and step.calibrate
+    assert step.calibrate
     if job.measured is None:
         return None
-    length, dtype = step.calibrate.length, job.compute_dtype("transformers", False)
+    length, dtype = step.calibrate.length, job.compute_dtype(shape, "transformers", False)
     choices = len(step.choices) * len(step.candidate_sizes)
     passes = (2 + choices) * step.search.windows * length
     looked = (choices + 1 + step.search.trials) * step.search.held_out * length
-    scoring = score_seconds(job, "transformers", dtype, passes + looked, step.search.held_out * length)
-    return scoring + looked * job.shape.head[0] * COMPARE_SECONDS_PER_LOGIT
+    scoring = score_seconds(job, shape, "transformers", dtype, passes + looked, step.search.held_out * length)
+    return scoring + looked * shape.head[0] * COMPARE_SECONDS_PER_LOGIT
 
 
 def _allocation_memory(shape: ModelShape, step: Quantize) -> int:

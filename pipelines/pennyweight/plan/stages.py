@@ -32,6 +32,7 @@ from pennyweight.plan.job import (
     generation_seconds,
     per_gb,
     rate,
+    rounds_its_start,
     score_seconds,
     step_of,
     task_tokens,
@@ -40,14 +41,14 @@ from pennyweight.plan.job import (
 from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, packed_bytes
-from pennyweight.recipe import Base, Quantize, Recover
+from pennyweight.recipe import Base, From, Quantize, Recover
 from pennyweight.speed import CEILING_SECONDS
 from pennyweight.store import RECORD, Store
 
 
 def estimate_stages(job: Job) -> list[StageEstimate]:
     return [
-        _source(job),
+        *(_source(job, name, base) for name, base in job.recipe.all_bases.items()),
         *_data(job),
         *_steps(job),
         *_exports(job),
@@ -59,10 +60,10 @@ def estimate_stages(job: Job) -> list[StageEstimate]:
     ]
 
 
-def _source(job: Job) -> StageEstimate:
-    shape, base = job.shape, job.recipe.base
+def _source(job: Job, name: str, base: Base) -> StageEstimate:
+    shape = job.shapes.of_base(name)
     reused = _in_store(job.store, "source", base.uri)
-    download = 0 if reused else _base_download(job)
+    download = 0 if reused else _base_download(base, shape)
     weights = disk = dense_bytes(shape) if shape else None
     seconds = peak = None
     if shape and weights is not None:
@@ -74,20 +75,19 @@ def _source(job: Job) -> StageEstimate:
         if _stays_in_place(base):
             disk, seconds, peak = 0, 1.0 + per_gb("copy", weights), BASELINE_BYTES["source"]  # only its digest is read
     return StageEstimate(
-        stage="source", subject="base", seconds=0.0 if reused else seconds, peak_memory_bytes=peak,
+        stage="source", subject=name, seconds=0.0 if reused else seconds, peak_memory_bytes=peak,
         disk_bytes=disk, download_bytes=download, weight_bytes=weights, reused=reused,
     )  # fmt: skip
 
 
-def _base_download(job: Job) -> int | None:
+def _base_download(base: Base, shape: ModelShape | None) -> int | None:
     """Bytes that fetching the base takes: the checkpoint from a hub, an archive's own size; None where unknown."""
     from pennyweight import sources
 
-    uri = job.recipe.base.uri
-    scheme = sources.scheme_of(uri)
+    scheme = sources.scheme_of(base.uri)
     if scheme == "hf":
-        return dense_bytes(job.shape) if job.shape else None
-    return sources.known_bases().get(uri, {}).get("archive_bytes") if scheme == "pypi" else 0
+        return dense_bytes(shape) if shape else None
+    return sources.known_bases().get(base.uri, {}).get("archive_bytes") if scheme == "pypi" else 0
 
 
 def _stays_in_place(base: Base) -> bool:
@@ -117,38 +117,44 @@ def _data(job: Job) -> Iterator[StageEstimate]:
 
 def _steps(job: Job) -> Iterator[StageEstimate]:
     for variant, steps in job.recipe.variants.items():
+        shape = job.shape_of(variant)
         for step in steps:
-            if job.shape is None:
+            if isinstance(step, From):
+                continue
+            if shape is None:
                 yield _unknown(step.kind, variant)
             elif isinstance(step, Quantize):
-                yield estimate_quantize(job, job.shape, variant, step)
+                yield estimate_quantize(job, shape, variant, step)
             else:
-                yield _recover(job, job.shape, variant, step)
+                yield _recover(job, shape, variant, step)
 
 
 def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageEstimate:
     """The teacher reads each window once, the student three times over: forward, and twice backward."""
-    quantized = step_of(job.recipe, variant)
+    quantized, teacher = step_of(job.recipe, variant), job.shape_of(variant, 0)
+    assert teacher
+    # What was quantized is loaded beside the teacher, unless it is the teacher.
+    models = [teacher, shape] if rounds_its_start(job.recipe, variant) else [teacher, shape, shape]
     weights = packed_bytes(shape, quantized) + adapter_bytes(shape, quantized, step) if quantized else None
-    dtype = job.compute_dtype("transformers", False)
+    dtype = job.compute_dtype(shape, "transformers", False)
     seconds = None
     if job.measured is not None:
         speed = rate(job, dtype) * TRAINING_EFFICIENCY[dtype]
-        step_seconds = 8 * shape.product_weights * step.batch * step.length / speed
-        look_seconds = 4 * shape.product_weights * step.held_out * step.length / speed
+        step_seconds = (2 * teacher.product_weights + 6 * shape.product_weights) * step.batch * step.length / speed
+        look_seconds = 2 * (teacher.product_weights + shape.product_weights) * step.held_out * step.length / speed
         allowed = [] if step.minutes is None else [60 * step.minutes]
         if step.most_steps is not None:
             looks = -(-step.most_steps // step.check_every)
             allowed.append(step.most_steps * step_seconds + looks * look_seconds)
-        loading = job.imports("transformers") + per_gb("load", 3 * dense_bytes(shape))
+        loading = job.imports("transformers") + per_gb("load", sum(map(dense_bytes, models)) + dense_bytes(shape))
         seconds = loading + look_seconds + min(allowed)
     # Teacher, integers and embedding of the student, and one layer's weights and their gradients at a time.
-    models = 2 * ITEMSIZE[dtype] * shape.parameters
+    loaded = ITEMSIZE[dtype] * sum(model.parameters for model in models)
     places = 5 * 4 * sum(rows * columns for rows, columns in shape.linears.values()) if step.moves == "by-one" else 0
     activations = step.batch * step.length * shape.layers * shape.intermediate * ACTIVATION_COPIES
     return StageEstimate(
         stage="recover", subject=variant, seconds=seconds, disk_bytes=weights, weight_bytes=weights,
-        peak_memory_bytes=BASELINE_BYTES["recover"] + models + places + activations, notes=[step.describe()],
+        peak_memory_bytes=BASELINE_BYTES["recover"] + loaded + places + activations, notes=[step.describe()],
     )  # fmt: skip
 
 
@@ -156,15 +162,16 @@ def _exports(job: Job) -> Iterator[StageEstimate]:
     for variant, runtime in job.recipe.candidates():
         if runtime == "transformers":
             continue
-        subject, step = f"{variant}@{runtime}", step_of(job.recipe, variant)
-        if job.shape is None:
+        subject, step, shape = f"{variant}@{runtime}", step_of(job.recipe, variant), job.shape_of(variant)
+        if shape is None:
             yield _unknown("export", subject)
             continue
-        source = packed_bytes(job.shape, step) if step else dense_bytes(job.shape)
-        weights = exported_bytes(job, runtime, step)
+        source = packed_bytes(shape, step) if step else dense_bytes(shape)
+        weights = exported_bytes(job, shape, runtime, step)
+        tokens = PARITY_TOKENS, PARITY_TOKENS
         scoring = [
-            score_seconds(job, "transformers", job.compute_dtype("transformers", False), PARITY_TOKENS, PARITY_TOKENS),
-            score_seconds(job, runtime, job.compute_dtype(runtime, step is not None), PARITY_TOKENS, PARITY_TOKENS),
+            score_seconds(job, shape, "transformers", job.compute_dtype(shape, "transformers", False), *tokens),
+            score_seconds(job, shape, runtime, job.compute_dtype(shape, runtime, step is not None), *tokens),
         ]
         seconds = None
         if None not in scoring:
@@ -174,36 +181,36 @@ def _exports(job: Job) -> Iterator[StageEstimate]:
             seconds = job.imports("transformers", runtime) + building + sum(scoring)
         yield StageEstimate(
             stage="export", subject=subject, seconds=seconds, disk_bytes=weights, weight_bytes=weights,
-            peak_memory_bytes=_export_memory(job, step, source, weights),
+            peak_memory_bytes=_export_memory(shape, step, source, weights),
         )  # fmt: skip
 
 
-def _export_memory(job: Job, step: Quantize | None, source: int, weights: int) -> int:
+def _export_memory(shape: ModelShape, step: Quantize | None, source: int, weights: int) -> int:
     """Beside this process, the builder's: the checkpoint, the file, and the largest layer while it is repacked. After
     it, the parity check: the checkpoint in float32 and its logits."""
-    assert job.shape
-    building = BUILDER_BYTES + source + weights + PACKING_BYTES["export"] * largest_layer(job.shape, step)
-    checking = 4 * job.shape.parameters + 3 * 4 * PARITY_TOKENS * job.shape.head[0]
+    building = BUILDER_BYTES + source + weights + PACKING_BYTES["export"] * largest_layer(shape, step)
+    checking = 4 * shape.parameters + 3 * 4 * PARITY_TOKENS * shape.head[0]
     return BASELINE_BYTES["export"] + max(building, checking)
 
 
 def _reference(job: Job) -> StageEstimate:
     """The base's hidden states on the text, kept with its head, and its answers."""
     subject = "base@transformers"
-    if job.shape is None:
+    shape = job.shape
+    if shape is None:
         return _unknown("reference", subject)
     dtype, batch, windows = (
-        job.compute_dtype("transformers", False),
+        job.compute_dtype(shape, "transformers", False),
         batch_tokens(job.recipe),
         divergence_tokens(job.recipe),
     )
-    scoring = score_seconds(job, "transformers", dtype, windows + task_tokens(job.recipe), batch)
-    generating = generation_seconds(job, "transformers", None)
+    scoring = score_seconds(job, shape, "transformers", dtype, windows + task_tokens(job.recipe), batch)
+    generating = generation_seconds(job, shape, "transformers", None)
     known = scoring is not None and generating is not None
-    weights, stored = job.loaded_bytes("transformers", None), _reference_bytes(job, windows)
+    weights, stored = job.loaded_bytes(shape, "transformers", None), _reference_bytes(job, windows)
     loading = _suite_imports(job, "transformers") + per_gb("load", weights)
-    questions = job.recipe.evaluate.batch_size * QUESTION_TOKENS * job.shape.head[0] * ITEMSIZE[dtype]
-    activations = batch * ACTIVATION_COPIES * job.shape.intermediate * ITEMSIZE[dtype]
+    questions = job.recipe.evaluate.batch_size * QUESTION_TOKENS * shape.head[0] * ITEMSIZE[dtype]
+    activations = batch * ACTIVATION_COPIES * shape.intermediate * ITEMSIZE[dtype]
     return StageEstimate(
         stage="reference", subject=subject, seconds=loading + scoring + generating if known else None,
         peak_memory_bytes=BASELINE_BYTES["reference"] + weights + stored + max(questions, activations),
@@ -214,22 +221,22 @@ def _reference(job: Job) -> StageEstimate:
 def _evaluations(job: Job) -> Iterator[StageEstimate]:
     windows = divergence_tokens(job.recipe)
     for variant, runtime in job.recipe.candidates():
-        subject, step = f"{variant}@{runtime}", step_of(job.recipe, variant)
-        if job.shape is None:
+        subject, step, shape = f"{variant}@{runtime}", step_of(job.recipe, variant), job.shape_of(variant)
+        if shape is None or job.shape is None:
             yield _unknown("evaluate", subject)
             continue
         seconds = compare_seconds(job, windows)
         peak = BASELINE_BYTES["evaluate"] + _reference_bytes(job, windows)
         if subject != "base@transformers":  # that one is the reference, and only compared with itself
-            dtype, weights = job.compute_dtype(runtime, step is not None), job.loaded_bytes(runtime, step)
+            dtype, weights = job.compute_dtype(shape, runtime, step is not None), job.loaded_bytes(shape, runtime, step)
             tokens, batch = windows + task_tokens(job.recipe), batch_tokens(job.recipe)
             scoring, generating = (
-                score_seconds(job, runtime, dtype, tokens, batch),
-                generation_seconds(job, runtime, step),
+                score_seconds(job, shape, runtime, dtype, tokens, batch),
+                generation_seconds(job, shape, runtime, step),
             )
             loading = _suite_imports(job, runtime) + per_gb("load", weights)
             seconds = None if None in (seconds, scoring, generating) else seconds + scoring + generating + loading
-            widest = job.shape.head[0] + ACTIVATION_COPIES * job.shape.intermediate
+            widest = shape.head[0] + ACTIVATION_COPIES * shape.intermediate
             peak += weights + batch * widest * ITEMSIZE.get(dtype, 4)
         yield StageEstimate(stage="evaluate", subject=subject, seconds=seconds, peak_memory_bytes=peak, disk_bytes=MB)
 
@@ -248,25 +255,26 @@ def _benchmark(job: Job) -> StageEstimate:
     from pennyweight.benchmark import rounds_at
 
     spec, subject = job.recipe.benchmark, "all candidates"
-    if job.shape is None:
+    names = list(job.recipe.candidates())
+    shapes = {variant: job.shape_of(variant) for variant, _ in names}
+    if None in shapes.values():
         return _unknown("benchmark", subject)
     seconds: float | None = job.imports("transformers", *job.recipe.runtimes.base, *job.recipe.runtimes.variants)
-    names = list(job.recipe.candidates())
     load, requests = spec.workload, max(spec.concurrency)
     for variant, runtime in names:
-        step = step_of(job.recipe, variant)
+        model = shapes[variant], runtime, step_of(job.recipe, variant)
         for concurrency in spec.concurrency:
-            wave = wave_seconds(job, runtime, step, concurrency, load.input_tokens, load.output_tokens)
-            warm_up = wave_seconds(job, runtime, step, concurrency, min(WARM_UP[0], load.input_tokens), WARM_UP[1])
+            wave = wave_seconds(job, *model, concurrency, load.input_tokens, load.output_tokens)
+            warm_up = wave_seconds(job, *model, concurrency, min(WARM_UP[0], load.input_tokens), WARM_UP[1])
             seconds = (
                 None if None in (seconds, wave, warm_up) else seconds + rounds_at(spec, concurrency) * wave + warm_up
             )
-    loaded = [job.loaded_bytes(runtime, step_of(job.recipe, variant)) for variant, runtime in names]
+    loaded = [job.loaded_bytes(shapes[variant], runtime, step_of(job.recipe, variant)) for variant, runtime in names]
     turns = sum(1 + rounds_at(spec, concurrency) for concurrency in spec.concurrency)
     resident = _stay_loaded(job, names)
     loading = per_gb("load", sum(loaded) * (1 if resident else turns)) + 2 * CEILING_SECONDS
-    cache = 2 * requests * (load.input_tokens + load.output_tokens) * job.shape.kv_bytes(4)
-    logits = 4 * requests * load.input_tokens * job.shape.head[0]  # onnxruntime computes all of a prompt's
+    cache = 2 * requests * (load.input_tokens + load.output_tokens) * max(s.kv_bytes(4) for s in shapes.values())
+    logits = 4 * requests * load.input_tokens * shapes["base"].head[0]  # onnxruntime computes all of a prompt's
     return StageEstimate(
         stage="benchmark", subject=subject, seconds=None if seconds is None else seconds + loading, disk_bytes=0,
         peak_memory_bytes=BASELINE_BYTES["benchmark"] + (sum(loaded) if resident else max(loaded)) + cache + logits,
@@ -278,14 +286,13 @@ def _levers(job: Job) -> StageEstimate:
     """The winner is not known, so its time is that of the slowest that may win."""
     spec, subject = job.recipe.benchmark, "the winner"
     names = [name for name in job.recipe.candidates() if name[0] != "base" and runtimes.get(name[1]).levers]
-    if job.shape is None or not names:
+    shapes = {variant: job.shape_of(variant) for variant, _ in names}
+    if None in shapes.values() or not names:
         return _unknown("levers", subject)
     load = spec.workload
-    waves = [
-        wave_seconds(job, runtime, step_of(job.recipe, variant), spec.decide_at, load.input_tokens, load.output_tokens)
-        for variant, runtime in names
-    ]
-    loaded = [job.loaded_bytes(runtime, step_of(job.recipe, variant)) for variant, runtime in names]
+    models = [(shapes[variant], runtime, step_of(job.recipe, variant)) for variant, runtime in names]
+    waves = [wave_seconds(job, *model, spec.decide_at, load.input_tokens, load.output_tokens) for model in models]
+    loaded = [job.loaded_bytes(*model) for model in models]
     turns = 2 * (1 + spec.decide_rounds)
     seconds = None if None in waves else len(spec.levers) * (turns * max(waves) + per_gb("load", 2 * max(loaded)))
     return StageEstimate(
@@ -306,7 +313,8 @@ def _track(job: Job) -> StageEstimate:
     copied: int | None = 0
     if job.recipe.register_as:
         names = [name for name in job.recipe.candidates() if name[0] != "base"]
-        copied = max(candidate_bytes(job, *name) for name in names) if job.shape else None
+        known = all(job.shape_of(variant) for variant, _ in names)
+        copied = max(candidate_bytes(job, *name) for name in names) if known else None
     seconds = None if copied is None else job.imports("mlflow") + TRACK_SECONDS + per_gb("copy", copied)
     return StageEstimate(
         stage="track", subject=job.recipe.name, seconds=seconds,

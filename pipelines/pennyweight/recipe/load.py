@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pennyweight import shipped
 from pennyweight.errors import Problem, RecipeError, did_you_mean
-from pennyweight.recipe.schema import DataSource, Recipe
+from pennyweight.recipe.schema import Base, DataSource, Recipe
 from pennyweight.recipe.wording import validate
 from pennyweight.suite import DIVERGENCE_METRICS, Condition, SavingCondition, Suite
 from pennyweight.yamlfile import YamlFile, apply_overrides
@@ -157,19 +158,24 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
 
 
 def _check_uris(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None:
-    scheme, separator, _ = recipe.base.uri.partition(":")
+    for name, base in recipe.all_bases.items():
+        path = "base" if name == "base" else f"bases.{name}"
+        problems += [file.problem(path, message, hint) for message, hint in _uri_faults(base)]
+
+
+def _uri_faults(base: Base) -> Iterator[tuple[str, str | None]]:
+    """(message, hint) of what is wrong with a base's URI."""
+    scheme, separator, _ = base.uri.partition(":")
     if separator and re.fullmatch(r"[a-z][a-z0-9]+", scheme) and scheme not in SOURCE_SCHEMES:
-        problems.append(
-            file.problem("base", f"unknown kind of source {scheme!r}", did_you_mean(scheme, list(SOURCE_SCHEMES)))
-        )
-    if scheme == "pypi" and not re.fullmatch(r"pypi:[A-Za-z0-9._-]+==[^/]+/.+", recipe.base.uri):
-        problems.append(file.problem("base", "a pypi: source reads pypi:PACKAGE==VERSION/MEMBER"))
-    elif scheme == "pypi" and recipe.base.sha256 is None:
+        yield f"unknown kind of source {scheme!r}", did_you_mean(scheme, list(SOURCE_SCHEMES))
+    if scheme == "pypi" and not re.fullmatch(r"pypi:[A-Za-z0-9._-]+==[^/]+/.+", base.uri):
+        yield "a pypi: source reads pypi:PACKAGE==VERSION/MEMBER", None
+    elif scheme == "pypi" and base.sha256 is None:
         hint = "append `#sha256=` and the wheel's digest, as `pip hash WHEEL` prints it"
-        problems.append(file.problem("base", "a pypi: base must be pinned by its wheel's digest", hint))
-    if scheme == "hf" and not re.fullmatch(r"hf:[^/@]+/[^/@]+@[^@]+", recipe.base.uri):
+        yield "a pypi: base must be pinned by its wheel's digest", hint
+    if scheme == "hf" and not re.fullmatch(r"hf:[^/@]+/[^/@]+@[^@]+", base.uri):
         hint = "pin the revision, a commit for a recipe that others can repeat"
-        problems.append(file.problem("base", "an hf: source reads hf:OWNER/NAME@REVISION", hint))
+        yield "an hf: source reads hf:OWNER/NAME@REVISION", hint
 
 
 def _check_savings(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> None:

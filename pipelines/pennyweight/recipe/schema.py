@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pennyweight.errors import did_you_mean
+from pennyweight.recipe.order import check_order
 from pennyweight.recipe.prices import PriceSpec
-from pennyweight.recipe.steps import Step, step_by_kind
+from pennyweight.recipe.steps import From, Step, step_by_kind
 from pennyweight.schema import Digest, Name, Section
 from pennyweight.suite import Condition, GateCondition, SavingCondition, Suite
 
@@ -142,9 +143,12 @@ class Recipe(Section):
     description: str = ""
     base: Base
     """The model to start from: a URI, or `{uri, sha256, dtype}`."""
+    bases: dict[Name, Base] = Field({})
+    """Other models that compete, each written as `base` is. Their vocabulary must be the base's, which quality and
+    saving are compared with all the same."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
-    variants: dict[Name, Annotated[list[Step], Field(min_length=1)]] = Field(min_length=1)
+    variants: dict[Name, Annotated[list[Step], Field(min_length=1), AfterValidator(check_order)]] = Field(min_length=1)
     """Name → ordered steps, each a mapping with one key: the kind of step."""
     runtimes: Runtimes
     """A list for all candidates, or `{base: […], variants: […]}`."""
@@ -163,10 +167,12 @@ class Recipe(Section):
     @field_validator("base", mode="before")
     @classmethod
     def _uri_to_base(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            uri, _, digest = value.partition("#sha256=")
-            return {"uri": uri, "sha256": digest} if digest else {"uri": uri}
-        return value
+        return _base_of_uri(value)
+
+    @field_validator("bases", mode="before")
+    @classmethod
+    def _uris_to_bases(cls, value: Any) -> Any:
+        return {name: _base_of_uri(item) for name, item in value.items()} if isinstance(value, dict) else value
 
     @field_validator("runtimes", mode="before")
     @classmethod
@@ -187,6 +193,32 @@ class Recipe(Section):
     def _base_is_ours(self) -> Recipe:
         if "base" in self.variants:
             raise ValueError("variants: 'base' is the base's own name; choose another")
+        if "base" in self.bases:
+            raise ValueError("bases: 'base' is the name of the recipe's own base; choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _starts_are_bases(self) -> Recipe:
+        for variant, steps in self.variants.items():
+            if isinstance(steps[0], From) and (name := steps[0].base) not in self.bases:
+                hint = did_you_mean(name, list(self.bases)) or "the recipe has no `bases`"
+                raise ValueError(f"variants.{variant}.0.from.base: `bases` has no {name!r}; {hint}")
+        started = {self.start_of(variant) for variant in self.variants}
+        if unused := [name for name in self.bases if name not in started]:
+            hint = f"give one `from: {{base: {unused[0]}}}`, or remove it"
+            raise ValueError(f"bases.{unused[0]}: no variant starts from it; {hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_judges_every_variant(self) -> Recipe:
+        conditions = self.quality_conditions
+        if conditions and all(condition.needs_imitation for condition in conditions):
+            free = [variant for variant in self.variants if not self.imitates_base(variant)]
+            if free:
+                raise ValueError(
+                    f"gate: nothing in it judges {free[0]!r}, which is not meant to predict what the base does; add a "
+                    "condition on a task or on perplexity, or `for_every_variant: true`"
+                )
         return self
 
     @model_validator(mode="after")
@@ -195,6 +227,16 @@ class Recipe(Section):
             hint = did_you_mean(self.benchmark.draft, list(self.variants))
             raise ValueError(f"benchmark.draft: no variant is called {self.benchmark.draft!r}; {hint}")
         return self
+
+    @property
+    def all_bases(self) -> dict[str, Base]:
+        """The bases by name; `base` is the recipe's own."""
+        return {"base": self.base, **self.bases}
+
+    def start_of(self, variant: str) -> str:
+        """Name of the base that a variant starts from; `base` is the recipe's own."""
+        steps = self.variants.get(variant, [])
+        return steps[0].base if steps and isinstance(steps[0], From) else "base"
 
     def candidates(self) -> Iterator[tuple[str, str]]:
         """(variant, runtime) of all candidates, the base's first."""
@@ -223,3 +265,11 @@ class Recipe(Section):
             name: [{step.pop("kind"): step} for step in steps] for name, steps in value["variants"].items()
         }
         return value
+
+
+def _base_of_uri(value: Any) -> Any:
+    """`URI` or `URI#sha256=DIGEST`, as a base may be written, to its keys."""
+    if isinstance(value, str):
+        uri, _, digest = value.partition("#sha256=")
+        return {"uri": uri, "sha256": digest} if digest else {"uri": uri}
+    return value

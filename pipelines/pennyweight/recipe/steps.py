@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from pennyweight.schema import Section
+from pennyweight.schema import Name, Section
 
 Scheme = Literal["w8a16", "w4a16", "w3a16", "w8a8", "w4a8", "fp8", "auto"]
 Method = Literal["rtn", "gptq", "awq", "smoothquant", "autoround"]
@@ -33,6 +33,21 @@ CAPABILITIES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 #: Methods that look at what the model does with text.
 CALIBRATED = ("gptq", "awq", "smoothquant", "autoround")
+
+
+class From(Section):
+    """Start from one of `bases` instead of `base`. It comes first; alone it lets that model compete unchanged."""
+
+    imitates_base: ClassVar[bool] = False
+    text_key: ClassVar[str] = ""
+    calibrate: ClassVar[None] = None
+
+    kind: Literal["from"] = "from"
+    base: Name
+    """A name in `bases`."""
+
+    def describe(self) -> str:
+        return f"from {self.base}"
 
 
 class Calibration(Section):
@@ -337,8 +352,8 @@ class Recover(Section):
         return f"recover {', '.join(self.train)}: {budget} of {self.batch} × {self.length} tokens"
 
 
-Step = Annotated[Quantize | Recover, Field(discriminator="kind")]
-STEPS: dict[str, type[Section]] = {"quantize": Quantize, "recover": Recover}
+Step = Annotated[From | Quantize | Recover, Field(discriminator="kind")]
+STEPS: dict[str, type[Section]] = {"from": From, "quantize": Quantize, "recover": Recover}
 
 
 def scheme_bits(scheme: str) -> int:

@@ -10,19 +10,26 @@ HEAD = ("variant", "steps", "integers", "off after reload", "healing: held-out K
 
 
 def variants(record: RunRecord) -> dict[str, Checkpoint]:
-    """Each variant's checkpoint, where a step has said what it did."""
+    """Each variant's checkpoint, where a step has said what it did, or where it starts from another base."""
     found = {result.variant: result.checkpoint for result in record.candidates if result.checkpoint}
-    return {name: made for name, made in found.items() if made.rounding or made.healing}
+    return {
+        name: made for name, made in found.items() if made.rounding or made.healing or record.start_of(name) != "base"
+    }
 
 
 def table(record: RunRecord) -> Html:
-    rows = [el("tr", el("th", name, scope="row"), _cells(made)) for name, made in variants(record).items()]
+    rows = [
+        el("tr", el("th", name, scope="row"), _cells(made, record.start_of(name)))
+        for name, made in variants(record).items()
+    ]
     head = el("thead", el("tr", [el("th", name, scope="col", class_="text") for name in HEAD]))
     return el("div", el("table", head, el("tbody", rows), class_="making"), class_="scroll")
 
 
-def _cells(made: Checkpoint) -> list[Html]:
-    _, *steps = made.origin.split(" → ")
+def _cells(made: Checkpoint, start: str) -> list[Html]:
+    uri, *steps = made.origin.split(" → ")
+    if start != "base":
+        steps = [f"from {start}, {uri}", *steps]
     seconds = sum(part.seconds for part in (made.rounding, made.healing) if part)
     return [
         el("td", [el("div", step) for step in steps], class_="text"),

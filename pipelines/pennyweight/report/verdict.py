@@ -133,6 +133,7 @@ def _facts(record: RunRecord) -> Html:
         ("Priced as", _price(record)),
         ("Decided at", _load(record)),
         ("Base model", _base_uri(record)),
+        ("Other bases", _other_bases(record)),
         ("Run", f"{text.moment(record.started_at)}, took {text.duration(record.seconds)}"),
         ("Tracked", _tracking(record)),
     ]
@@ -170,6 +171,10 @@ def _load(record: RunRecord) -> str | None:
 
 def _base_uri(record: RunRecord) -> str | None:
     return facts.section(record, "base").get("uri")
+
+
+def _other_bases(record: RunRecord) -> str | None:
+    return "; ".join(f"{name}: {base.get('uri')}" for name, base in facts.section(record, "bases").items()) or None
 
 
 def _tracking(record: RunRecord) -> str | None:

@@ -85,6 +85,14 @@ def local_path(uri: str) -> Path:
     return Path(uri.removeprefix("file://").removeprefix("file:")).expanduser().absolute()
 
 
+def local_folder(base: Base) -> Path | None:
+    """The folder that a base lies in, where it is one of this machine that is used as it is."""
+    if scheme_of(base.uri) != "file":
+        return None
+    path = local_path(base.uri)
+    return path if path.is_dir() else None
+
+
 # --- the four kinds ---------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from pennyweight.stages.making import (
     export,
     export_alone,
     fetch_base,
+    fetch_bases,
     make_variant,
 )
 from pennyweight.stages.measuring import benchmark, levers
@@ -16,6 +17,6 @@ from pennyweight.stages.texts import Texts, check_overlap, fetch_data, make_wind
 
 __all__ = [
     "PARITY_TOLERANCE", "REFERENCE_RUNTIME", "Part", "Reference", "Run", "Texts", "benchmark", "check_overlap",
-    "evaluate", "export", "export_alone", "fetch_base", "fetch_data", "levers", "make_reference", "make_variant",
-    "make_windows", "part_of_suite", "probe", "totals",
+    "evaluate", "export", "export_alone", "fetch_base", "fetch_bases", "fetch_data", "levers", "make_reference",
+    "make_variant", "make_windows", "part_of_suite", "probe", "totals",
 ]  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pennyweight import checkpoints, machine, runtimes
 from pennyweight.errors import StageError
-from pennyweight.recipe import RuntimeName, Step
+from pennyweight.recipe import From, Quantize, Recipe, RuntimeName, Step
 from pennyweight.records import Candidate, Checkpoint, Parity
 from pennyweight.stages.run import Run, placed
 from pennyweight.stages.texts import Texts, calibration_name
@@ -21,6 +22,22 @@ EXACT_TOLERANCE = 0.01
 REFERENCE_RUNTIME: RuntimeName = "transformers"
 
 
+@dataclass(frozen=True)
+class Bases:
+    """The bases of a recipe on disk, by name; `base` is the recipe's own."""
+
+    found: dict[str, Checkpoint]
+    failures: dict[str, str]
+    """Why one of the others cannot be started from."""
+
+    def start_of(self, recipe: Recipe, variant: str) -> Checkpoint:
+        """What a variant starts from. Raises StageError where that base cannot be used."""
+        name = recipe.start_of(variant)
+        if name in self.failures:
+            raise StageError(self.failures[name])
+        return self.found[name]
+
+
 def fetch_base(run: Run) -> Checkpoint:
     """The base as a checkpoint on disk, digest checked."""
     from pennyweight import sources
@@ -30,12 +47,30 @@ def fetch_base(run: Run) -> Checkpoint:
     return checkpoint
 
 
-def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, texts: Texts) -> Checkpoint:
-    """Apply a variant's steps to the base, one after the other."""
+def fetch_bases(run: Run, base: Checkpoint) -> Bases:
+    """All bases of the recipe. What is wrong with one of the others is the error of the variants that start from it."""
+    from pennyweight import sources
+    from pennyweight.sources import vocabulary
+
+    found, failures = {"base": base}, {}
+    for name, other in run.recipe.bases.items():
+        with run.forgiving(name, failures), run.stage("source", name) as stage, stage.library():
+            checkpoint, stage.reused = sources.fetch_base(other, run.store)
+            if difference := vocabulary.difference(Path(checkpoint.path), Path(base.path)):
+                raise StageError(f"base {name}: {difference}", vocabulary.HINT)
+            found[name] = checkpoint
+    return Bases(found, failures)
+
+
+def make_variant(run: Run, variant: str, steps: list[Step], bases: Bases, texts: Texts) -> Checkpoint:
+    """Apply a variant's steps to the base that it starts from, one after the other."""
     from pennyweight.steps import STEPS, StepContext, libraries
 
-    checkpoint, done = base, []
+    base = bases.start_of(run.recipe, variant)
+    checkpoint, rounded, done = base, None, []
     for index, step in enumerate(steps):
+        if isinstance(step, From):
+            continue
         kind = STEPS[step.kind]
         name = calibration_name(variant, index)
         done.append(step.describe())
@@ -46,6 +81,8 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
             "checkpoint": checkpoint.digest,
             "step": step.model_dump(mode="json", exclude={"calibrate"}),
             **({"base": base.digest} if kind.needs_base else {}),
+            **({"teacher": bases.found["base"].digest} if kind.needs_teacher else {}),
+            **({"rounded": rounded.digest} if kind.needs_rounded and rounded and rounded.digest != base.digest else {}),
             "calibration": texts.digests.get(name),
             "seed": run.recipe.seed,
             "device": run.device,
@@ -54,10 +91,19 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
             "threads": machine.threads(),
         }
 
-        def build(files: Path, kind: Any = kind, step: Any = step, name: str = name, before: Any = checkpoint) -> Any:
+        models = {"base": base, "teacher": bases.found["base"], "rounded": rounded}
+
+        def build(
+            files: Path,
+            kind: Any = kind,
+            step: Any = step,
+            name: str = name,
+            before: Any = checkpoint,
+            models: Any = models,
+        ) -> Any:
             expected = run.plan.expected_seconds(step.kind, variant) or 0.0
             report = partial(run.progress.fraction, step.kind, expected=expected)
-            context = StepContext(run.device, run.recipe.seed, texts.load(name), base, report)
+            context = StepContext(run.device, run.recipe.seed, texts.load(name), report=report, **models)
             with stage.library():
                 outcome = kind.run(before, step, context, files)
             made = checkpoints.describe(files, origin=" → ".join([base.origin, *done]))
@@ -67,6 +113,8 @@ def make_variant(run: Run, variant: str, steps: list[Step], base: Checkpoint, te
         with run.stage(step.kind, variant) as stage:
             entry = run.store.get_or_build("step", inputs, build)
             stage.reused = entry.reused
+        if isinstance(step, Quantize):
+            rounded = checkpoint
         checkpoint = placed(Checkpoint, entry)
     return checkpoint
 

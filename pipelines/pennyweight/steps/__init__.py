@@ -22,9 +22,13 @@ class StepContext:
     calibration: Any | None = None
     """Token ids, int64 of shape (samples, length), where the step's settings name text."""
     base: Checkpoint | None = None
-    """What the variant was made from."""
+    """What the variant was made from: the recipe's base, or the one that its `from` step names."""
     report: Callable[[str, float], None] = lambda detail, done: None
     """Told how it goes, and which part is done."""
+    teacher: Checkpoint | None = None
+    """The recipe's base, whatever the variant was made from."""
+    rounded: Checkpoint | None = None
+    """What the variant's `quantize` step was given; None before that step."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class StepKind:
     record: str
     """Where in the checkpoint's record its report goes."""
     needs_base: bool = False
+    needs_teacher: bool = False
+    needs_rounded: bool = False
 
 
 STEPS: dict[str, StepKind] = {
@@ -52,9 +58,10 @@ STEPS: dict[str, StepKind] = {
         run=recover.run,
         record="healing",
         needs_base=True,
+        needs_rounded=True,
     ),
 }
-assert set(STEPS) == set(schema.STEPS)
+assert set(STEPS) == set(schema.STEPS) - {"from"}, "`from` says where a variant starts, and makes nothing"
 
 
 def libraries(step: schema.Step) -> tuple[str, ...]:

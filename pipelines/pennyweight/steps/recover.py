@@ -1,4 +1,4 @@
-"""`recover`: heal a quantized checkpoint by training it to predict what its own base predicts.
+"""`recover`: heal a quantized checkpoint by training it to predict what the base predicts that it was made from.
 
 What is not an integer learns (Hinton et al., 2015; for quantized weights Chen et al., EfficientQAT, 2024), so the
 result has exactly the same size and format. Integers move, and an adapter is added, only where the recipe says so.
@@ -36,7 +36,9 @@ def run(checkpoint: Checkpoint, step: Recover, context: StepContext, files: Path
     torch.manual_seed(context.seed)
     with out_of_memory_of("recover", "lower `batch` or `length`, or leave `rounding` out of `train`"):
         teacher = decoder.load(context.base, context.device)
-        student = Student(checkpoint, teacher, step.moves)
+        rounded = context.rounded or context.base
+        exact = teacher if rounded.digest == context.base.digest else decoder.load(rounded, context.device)
+        student = Student(checkpoint, exact, step.moves)
         if not student.scaled:
             raise StageError("recover heals quantized checkpoints, and nothing in this one is quantized")
         trained = list(student.trainables(step.train, step.rank, context.seed))

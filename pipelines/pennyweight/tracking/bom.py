@@ -32,7 +32,7 @@ def make_bom(
     """
     assert winner.candidate is not None
     model = f"model:{winner.candidate.digest}"
-    base, data, libraries = _base(record), _data(record), _libraries(record, winner)
+    base, data, libraries = _base(record, winner), _data(record), _libraries(record, winner)
     parts = [part["bom-ref"] for part in (base, *data, *libraries)]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
@@ -50,7 +50,7 @@ def make_bom(
                 "name": f"{record.recipe.resolved.get('register') or record.name}: {winner.id}",
                 "version": winner.candidate.digest[:12],
                 "description": naming.outcome(record),
-                **_licenses(card.license_of(record)),
+                **_licenses(card.license_of(record, winner)),
                 "components": [_file(name, digest) for name, digest in files.items()],
                 "pedigree": {
                     "ancestors": [{**base, "bom-ref": f"ancestor {base['bom-ref']}"}],
@@ -78,7 +78,7 @@ def _model_card(
         parameters["architectureFamily"] = family
     if architectures := config.get("architectures"):
         parameters["modelArchitecture"] = architectures[0]
-    trade_off = f"{naming.outcome(record)} What it loses against its base is among the performance metrics."
+    trade_off = f"{naming.outcome(record)} What it loses against the base is among the performance metrics."
     return {
         "modelParameters": parameters,
         "quantitativeAnalysis": {"performanceMetrics": [*_quality(winner), *_cost(winner)]},
@@ -116,10 +116,10 @@ def _interval(low: float | None, high: float | None) -> dict[str, Any]:
     return {"confidenceInterval": {"lowerBound": repr(low), "upperBound": repr(high)}}
 
 
-def _base(record: RunRecord) -> dict[str, Any]:
-    base = card.base_of(record)
+def _base(record: RunRecord, winner: CandidateResult) -> dict[str, Any]:
+    base, licenses = card.base_of(record, winner), _licenses(card.license_of(record, winner))
     uri = redact(str(base.get("uri") or "unknown"))
-    part = {"type": "machine-learning-model", "bom-ref": "base", "name": uri, **_licenses(card.license_of(record))}
+    part = {"type": "machine-learning-model", "bom-ref": "base", "name": uri, **licenses}
     if purl := _purl(uri):
         part["purl"] = purl
     if base.get("sha256"):

@@ -52,17 +52,19 @@ def _sections(record: RunRecord, winner: CandidateResult) -> Iterator[list[str]]
     yield ["## Beside this card", "", files, ""]
 
 
-def base_of(record: RunRecord) -> dict[str, Any]:
-    """The recipe's base, its `uri`, `license` and more."""
-    base = record.recipe.resolved.get("base") or {}
+def base_of(record: RunRecord, winner: CandidateResult) -> dict[str, Any]:
+    """The base that the winner was made from, its `uri`, `license` and more."""
+    resolved, start = record.recipe.resolved, record.start_of(winner.variant)
+    base = resolved.get("base") if start == "base" else (resolved.get("bases") or {}).get(start)
     return base if isinstance(base, dict) else {"uri": base}
 
 
-def license_of(record: RunRecord) -> str:
-    """The base's licence, as the recipe or our own list of bases says; empty where neither does."""
+def license_of(record: RunRecord, winner: CandidateResult) -> str:
+    """Licence of the base that the winner was made from, as the recipe or our own list of bases says; empty where
+    neither does."""
     from pennyweight.sources import known_bases
 
-    base = base_of(record)
+    base = base_of(record, winner)
     return base.get("license") or known_bases().get(base.get("uri") or "", {}).get("license", "")
 
 
@@ -80,7 +82,11 @@ def limits(record: RunRecord, winner: CandidateResult) -> list[str]:
         found.append(f"Reported and not decided on: {', '.join(undecided)}.")
     quality = winner.quality.metrics if winner.quality else {}
     if kl := quality.get("kl_mean"):
-        found.append(f"It does not predict what the base predicts: they are {_number(kl.value)} nats per token apart.")
+        apart = f"they are {_number(kl.value)} nats per token apart"
+        if record.start_of(winner.variant) == "base":
+            found.append(f"It does not predict what the base predicts: {apart}.")
+        else:
+            found.append(f"It was made from another model than the one that it was compared with: {apart}.")
     if cpu := record.environment.get("cpu"):
         threads = record.environment.get("threads")
         machine = f"{cpu}, {threads} threads" if threads else cpu
@@ -97,8 +103,10 @@ def steps_of(winner: CandidateResult) -> str:
 
 def _origins(record: RunRecord, winner: CandidateResult) -> Iterator[tuple[str, str]]:
     candidate, checkpoint = winner.candidate, winner.checkpoint
-    yield "base", redact(str(base_of(record).get("uri") or "unknown"))
-    yield "licence of the base", license_of(record) or UNKNOWN_LICENSE
+    yield "base", redact(str(base_of(record, winner).get("uri") or "unknown"))
+    yield "licence of the base", license_of(record, winner) or UNKNOWN_LICENSE
+    if record.start_of(winner.variant) != "base":
+        yield "compared with", redact(str(naming.base_uri(record) or "unknown"))
     yield "recipe", f"{record.name}, digest {record.recipe.digest[:12]}"
     yield "steps", steps_of(winner)
     if candidate:

@@ -88,6 +88,13 @@ def result_of(record: RunRecord, candidate: str | None) -> CandidateResult | Non
     return next((result for result in record.candidates if result.id == candidate), None)
 
 
+def base_uri(record: RunRecord, name: str = "base") -> str | None:
+    """URI of one of the recipe's bases."""
+    resolved = record.recipe.resolved
+    base = resolved.get("base") if name == "base" else (resolved.get("bases") or {}).get(name)
+    return base.get("uri") if isinstance(base, dict) else base
+
+
 # --- a candidate's run ------------------------------------------------------------------------------------------------
 
 
@@ -98,6 +105,7 @@ def candidate_params(record: RunRecord, result: CandidateResult) -> dict[str, st
         {
             "variant": result.variant,
             "runtime": result.runtime,
+            "base": base_uri(record, record.start_of(result.variant)),
             "steps": "; ".join(describe_step(step) for step in steps) or "none",
             "dtype": candidate and candidate.dtype,
             "candidate.digest": candidate and candidate.digest,
@@ -189,13 +197,14 @@ def candidate_tags(record: RunRecord, result: CandidateResult) -> dict[str, str]
 
 def recipe_params(record: RunRecord) -> dict[str, str]:
     resolved, price = record.recipe.resolved, record.price
-    base, suite, benchmark = (resolved.get(key) or {} for key in ("base", "evaluate", "benchmark"))
+    suite, benchmark = (resolved.get(key) or {} for key in ("evaluate", "benchmark"))
     workload = benchmark.get("workload") or {}
     return params(
         {
             "recipe": record.name,
             "recipe.digest": record.recipe.digest,
-            "base": base.get("uri") if isinstance(base, dict) else base,
+            "base": base_uri(record),
+            "bases": [f"{name}: {base_uri(record, name)}" for name in resolved.get("bases") or {}] or None,
             "device": resolved.get("device"),
             "seed": resolved.get("seed"),
             "variants": list(resolved.get("variants") or {}),

@@ -1,0 +1,27 @@
+"""The order in which a variant's steps make sense."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check_order(steps: list[Any]) -> list[Any]:
+    """The steps as they are. Raises ValueError for the first one that cannot stand where it does, with the reason."""
+    for index, step in enumerate(steps):
+        if reason := _misplaced(step, [before.kind for before in steps[:index]]):
+            raise ValueError(f"step {index + 1} of {len(steps)}, {step.kind}, {reason}")
+    return steps
+
+
+def _misplaced(step: Any, before: list[str]) -> str | None:
+    """Why a step cannot follow steps of the kinds `before`."""
+    match step.kind:
+        case "from":
+            return "comes first, and once: it says which base the variant starts from" if before else None
+        case "recover":
+            return None if "quantize" in before else "heals quantized weights: put a quantize step before it"
+    if "quantize" not in before:
+        return None
+    if step.kind == "quantize":
+        return "would round weights that are quantized already: keep one of the two"
+    return "changes floating-point weights, and these are quantized already: put it before quantize"
