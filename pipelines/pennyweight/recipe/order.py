@@ -17,7 +17,7 @@ def _misplaced(step: Any, before: list[str]) -> str | None:
     """Why a step cannot follow steps of the kinds `before`."""
     match step.kind:
         case "from":
-            return "comes first, and once: it says which base the variant starts from" if before else None
+            return "must come first, and once: it says which base the variant starts from" if before else None
         case "recover":
             return None if "quantize" in before else "heals quantized weights: put a quantize step before it"
     if "quantize" not in before:
