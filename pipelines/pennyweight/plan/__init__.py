@@ -48,9 +48,9 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     missing = check_machine(recipe, device, found) + check_backends(recipe, device, found)
     check_runtimes(recipe, found)
     check_bases(recipe, shapes, found)
+    check_steps(recipe, shapes, device, found)
+    check_lengths(recipe, shapes, found)
     if shape:
-        check_steps(recipe, shapes, device, found)
-        check_lengths(recipe, shapes, found)
         check_levers(recipe, found)
     notes += _notes(device, measured) + scheme_notes(recipe)
     if recipe.on_inconclusive == "extend":
