@@ -26,7 +26,9 @@ def register(name: str, folder: Path) -> str:
     with session("nothing was registered") as client:
         with contextlib.suppress(MlflowException):
             client.create_registered_model(name)
-        logged = client.create_logged_model("0", name=name)
+        found = client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else client.create_experiment(name)
+        logged = client.create_logged_model(experiment, name=name)
         client.log_model_artifacts(logged.model_id, str(folder))
         client.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
         source = f"models:/{logged.model_id}"

@@ -995,7 +995,7 @@ def test_a_real_model_from_the_command_line(tiny_model: Path, tmp_path: Path) ->
             assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
             assert await asyncio.to_thread(process.wait, 60) == 0
             told = process.stderr.read()
-            assert "static waves" in told
+            assert "continuous batching" in told
             assert "Traceback" not in told
 
     asyncio.run(test())

@@ -34,7 +34,7 @@ from pennyweight.records import (
 )
 from pennyweight.store import digest_of, folder_digest
 from pennyweight.tracking import evidence, naming, runs
-from pennyweight.tracking.connection import artifact_folder
+from pennyweight.tracking.connection import artifact_folder, set_alias
 
 RESOLVED = {
     "name": "tiny",
@@ -358,6 +358,23 @@ def register_versions(
         log(record)
         records.append(record)
     return records
+
+
+def test_an_alias_that_another_process_makes_at_once_is_replaced(store: Path, client: Any) -> None:
+    from mlflow import MlflowException
+
+    calls = []
+
+    class Raced:
+        def set_registered_model_alias(self, *named: str) -> None:
+            calls.append(named)
+            if len(calls) == 1:
+                raise MlflowException("duplicate key value violates unique constraint")
+
+    set_alias(Raced(), "model", "challenger", "2")
+    assert calls == [("model", "challenger", "2")] * 2
+    with pytest.raises(MlflowException, match="not found"):
+        set_alias(client, "nobody's", "challenger", "2")
 
 
 def test_an_alias_names_a_version_or_nothing(store: Path, client: Any) -> None:

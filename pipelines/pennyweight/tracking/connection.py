@@ -161,6 +161,17 @@ def is_missing(error: Exception) -> bool:
     return getattr(error, "error_code", None) in _MISSING
 
 
+def set_alias(client: MlflowClient, model: str, alias: str, version: str) -> None:
+    """Let an alias name a version. MLflow looks whether there is one, and then inserts it: of two processes that do so
+    at once one fails, and finds it to be replaced when it tries again."""
+    try:
+        client.set_registered_model_alias(model, alias, version)
+    except Exception as error:
+        if is_missing(error):
+            raise
+        client.set_registered_model_alias(model, alias, version)
+
+
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
     """MLflow's SQL registry looks a version's source up through a client of its own, which goes by the environment."""

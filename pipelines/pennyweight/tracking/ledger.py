@@ -26,7 +26,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from pennyweight.errors import TrackingError
 from pennyweight.probe import Trial
 from pennyweight.records import Record
-from pennyweight.tracking.connection import is_missing
+from pennyweight.tracking.connection import is_missing, set_alias
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -203,11 +203,11 @@ def move(client: MlflowClient, model: str, change: Change) -> None:
     """`previous` first: until the champion has moved too, nobody is served anything else."""
     if change.replaced is not None:
         try:
-            client.set_registered_model_alias(model, PREVIOUS, change.replaced)
+            set_alias(client, model, PREVIOUS, change.replaced)
         except Exception as error:
             if not is_missing(error):  # a version that was deleted cannot be gone back to
                 raise
-    client.set_registered_model_alias(model, CHAMPION, change.version)
+    set_alias(client, model, CHAMPION, change.version)
 
 
 def settle(client: MlflowClient, model: str) -> tuple[list[Entry], str | None]:

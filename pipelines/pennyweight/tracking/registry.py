@@ -19,7 +19,7 @@ from pennyweight.tracking import naming, signing
 from pennyweight.tracking.bom import make_bom
 from pennyweight.tracking.card import make_card, make_description
 from pennyweight.tracking.checks import RUN_AGAIN, check_evidence, refuse_formats
-from pennyweight.tracking.connection import is_missing, session, tracking_uri
+from pennyweight.tracking.connection import is_missing, session, set_alias, tracking_uri
 from pennyweight.tracking.evidence import (
     BOM,
     CARD,
@@ -76,7 +76,7 @@ def register_winner(
 
 
 def set_challenger(client: MlflowClient, registered: Registered) -> None:
-    client.set_registered_model_alias(registered.model, CHALLENGER, registered.version)
+    set_alias(client, registered.model, CHALLENGER, registered.version)
 
 
 def parse_registered(uri: str | None) -> Registered | None:
