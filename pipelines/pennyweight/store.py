@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pennyweight.errors import StoreError
 from pennyweight.uses import Uses
@@ -24,6 +25,8 @@ from pennyweight.uses import Uses
 RECORD = "record.json"
 #: Where results are built before they are moved into place.
 TEMPORARY = "tmp"
+#: Where work that goes on after it was killed keeps its state until it has ended.
+WORK = "work"
 _READ_CHUNK = 1 << 20
 
 
@@ -127,6 +130,27 @@ class Store:
             raise
         return Entry(stage, key, final, record, reused=False)
 
+    @contextlib.contextmanager
+    def workspace(self, stage: str, key: str) -> Iterator[Path]:
+        """A folder for the state of long work, found again by whoever does the same work after a failure or a kill, and
+        removed once the block ends without an error.
+
+        While another process is in it, the caller gets an empty one of its own, which does not outlast it.
+        """
+        folder = self.root / WORK / f"{stage}-{key[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("a") as lock:
+            if not _locks(lock):
+                private = self.root / TEMPORARY / f"{stage}-{key[:16]}-work-{os.getpid()}"
+                private.mkdir(parents=True)
+                try:
+                    yield private
+                finally:
+                    shutil.rmtree(private, ignore_errors=True)
+                return
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+
     def discard(self, entry: Entry) -> None:
         """Forget one result, so that it is built again."""
         shutil.rmtree(entry.folder, ignore_errors=True)
@@ -152,6 +176,23 @@ class Store:
         with contextlib.suppress(OSError):
             os.utime(folder / RECORD)  # garbage collection goes by last use
         return Entry(stage, key, folder, body["record"], reused=True)
+
+
+def is_at_work(workspace: Path) -> bool:
+    """Whether a living process is in a workspace."""
+    with (workspace / "lock").open("a") as stream:
+        return not _locks(stream)
+
+
+def _locks(stream: IO[str]) -> bool:
+    """Take a file's lock, which the system releases however the process ends. Not every file system has locks."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def folder_bytes(folder: Path) -> int:

@@ -271,3 +271,61 @@ def test_a_stock_phrase_is_no_leak() -> None:
     found = datasets.token_overlap(calibration, evaluation)
     assert (found.shared, found.fraction) == (4, 0.01)
     datasets.refuse_overlap(found, "int4/0")
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+class Chat(Letters):
+    """Letters, with a template that names who speaks and ends each turn."""
+
+    chat_template: str | None = "yes"
+
+    def __call__(self, documents: Any, **options: Any) -> dict[str, Any]:
+        if isinstance(documents, str):
+            return {"input_ids": [ord(letter) for letter in documents]}
+        return super().__call__(documents, **options)
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        said = "".join(f"{item['role'][0]}:{item['content']}|" for item in messages)
+        return said + ("a:" if add_generation_prompt else "")
+
+
+def answered(cut: Any, answers: Any) -> str:
+    return "".join(chr(token) if answer else "_" for token, answer in zip(cut.flatten(), answers.flatten()))
+
+
+def test_answers_are_told_apart_from_what_they_answer() -> None:
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yo"},
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "no"},
+    ]
+    cut, owners, answers = datasets.packed(Chat(), [messages], 1, 20, 0)
+    assert "".join(map(chr, cut[0, :-1])) == "u:hi|a:yo|u:so|a:no|"[:19]
+    assert answered(cut, answers) == "_______yo|_______no|"
+    assert set(owners.flatten()) == {0}
+    plain = Chat()
+    plain.chat_template = None
+    cut, _, answers = datasets.packed(plain, [messages], 1, 13, 0)
+    assert answered(cut, answers) == "___yo\n___no\n\0"
+
+
+def test_prompts_and_messages_become_conversations(tmp_path: Path, store: Store) -> None:
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    pairs = jsonl(tmp_path / "pairs.jsonl", [{"ask": "q ", "say": " a"}])
+    path, _ = datasets.fetch("pairs", DataSource(uri=f"file:{pairs}", prompt="ask", answer="say"), store)
+    assert datasets.documents(path) == [said]
+    chats = jsonl(tmp_path / "chats.jsonl", [{"turns": [{**item, "more": 1} for item in said]}])
+    path, _ = datasets.fetch("chats", DataSource(uri=f"file:{chats}", messages="turns"), store)
+    assert datasets.documents(path) == [said]
+    bad = jsonl(tmp_path / "bad.jsonl", [{"turns": [{"role": "user"}]}])
+    with pytest.raises(SourceError, match="line 1 has no conversation in 'turns'"):
+        datasets.fetch("bad", DataSource(uri=f"file:{bad}", messages="turns"), store)
+    with pytest.raises(ValueError, match="need each other"):
+        DataSource(uri="file:x", prompt="ask")
+    with pytest.raises(ValueError, match="exactly one"):
+        DataSource(uri="file:x", text="a", messages="b")

@@ -236,3 +236,25 @@ def test_the_command_lists_and_removes(tmp_path: Path, monkeypatch: pytest.Monke
     assert kept.folder.exists()
     assert not entry.folder.exists()
     assert runner.invoke(main, ["store", "gc", "--older-than", "-1"]).exit_code == 2
+
+
+def test_a_workspace_goes_once_it_is_old_and_nobody_is_in_it(tmp_path: Path) -> None:
+    store, when = Store(tmp_path), time.time() - LONG_AGO
+
+    def fail_long_ago() -> Path:
+        with pytest.raises(RuntimeError), store.workspace("step", "a" * 64) as folder:
+            (folder / "state").write_bytes(bytes(1000))
+            raise RuntimeError
+        return folder
+
+    folder = fail_long_ago()
+    assert collect(store, older_than_days=30).removed == 0
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (when, when))
+    with pytest.raises(RuntimeError), store.workspace("step", "a" * 64):
+        os.utime(folder / "lock", (when, when))
+        assert collect(store, older_than_days=30).removed == 0
+        raise RuntimeError
+    found = collect(store, older_than_days=30)
+    assert [(item.stage, item.path) for item in found.results] == [("work", str(folder))]
+    assert not folder.exists()

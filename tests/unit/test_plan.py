@@ -716,3 +716,45 @@ def test_a_lever_that_no_engine_of_the_variants_has(calm: Store) -> None:
     made = make_plan(recipe(benchmark=settings, runtimes=runtimes), calm)
     assert made.problems == []
     assert made.expected_seconds("levers", "the winner") > 0
+
+
+# --- distilling -------------------------------------------------------------------------------------------------------
+
+
+LOOSE = {
+    "runtimes": ["transformers"],
+    "gate": [{"metric": "kl_mean", "max": 0.1, "for_every_variant": True}],
+}
+
+
+def test_a_teachers_words_are_counted_once_for_all_variants(calm: Store) -> None:
+    cached = {"text": "wiki", "steps": 10, "batch": 2, "length": 32, "held_out": 4}
+    cached["teacher"] = {"cache": "top_k", "k": 8}
+    steps = {"a": [{"distill": cached}], "b": [{"distill": cached | {"learning_rate": 0.001}}]}
+    made = make_plan(recipe(steps, **LOOSE), calm)
+    assert not made.problems
+    first, second = (next(s for s in made.stages if (s.stage, s.subject) == ("distill", name)) for name in "ab")
+    # 20 windows of 32 tokens: 8 numbers and 9 log-probabilities of 2 bytes, and the states of 4 held out in float32.
+    assert first.disk_bytes - second.disk_bytes == 20 * 32 * 34 + 4 * 4 * 32 * 96
+    assert first.seconds > second.seconds
+    assert any("34 bytes a token" in note for note in first.notes)
+    live = make_plan(recipe({"a": [{"distill": cached | {"teacher": "live"}}]}, **LOOSE), calm)
+    taught = next(stage for stage in live.stages if stage.stage == "distill")
+    assert taught.peak_memory_bytes > second.peak_memory_bytes  # the teacher itself
+    assert taught.weight_bytes == second.weight_bytes == 2 * (2 * LAYER + EMBEDDING + NORMS)
+
+
+def test_what_cannot_be_distilled(calm: Store) -> None:
+    def found(**settings: Any) -> list[tuple[str, str]]:
+        step = {"distill": {"text": "wiki", "length": 32, **settings}}
+        return problems(make_plan(recipe({"a": [step]}, **LOOSE), calm))
+
+    assert found(student={"layers": 2}) == [
+        ("variants.a.0.distill", "a student of 2 layers drawn from 2 would be no smaller")
+    ]
+    assert found(teacher={"cache": "top_k", "k": 160}) == [
+        ("variants.a.0.distill.teacher.k", "the vocabulary has 160 tokens, 160 of them are no choice")
+    ]
+    (path, message), *_ = found(length=100)
+    assert path == "variants.a.0.distill.text"
+    assert "windows of 100 tokens; the model knows 64 positions" in message

@@ -110,3 +110,16 @@ def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):
         Store(tmp_path / "file" / "store").check_writable()
+
+
+def test_a_workspace_outlasts_a_failure_and_goes_with_success(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(RuntimeError), store.workspace("step", "a" * 64) as folder:
+        (folder / "state").write_text("half")
+        raise RuntimeError
+    with store.workspace("step", "a" * 64) as again:
+        assert (again / "state").read_text() == "half"
+        with Store(tmp_path).workspace("step", "a" * 64) as another:  # somebody is in it
+            assert not list(another.iterdir())
+    assert not again.exists()
+    assert not another.exists()

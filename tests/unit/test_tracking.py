@@ -561,3 +561,33 @@ def test_bounds_and_energy_are_logged_beside_the_cost() -> None:
         "mfu": 0.1,
         "joules_per_output_token": 0.3,
     }
+
+
+def test_a_trainings_curves_are_there_while_it_goes_on(client: Any) -> None:
+    with tracking.training_curves("curves", "distill taught") as measure:
+        measure(0, {"held_out_kl": 1.5})
+        experiment = client.get_experiment_by_name("curves").experiment_id
+        (run,) = client.search_runs([experiment])
+        assert run.info.status == "RUNNING"
+        measure(20, {"held_out_kl": 0.5, "training_loss": 0.75})
+    history = client.get_metric_history(run.info.run_id, "held_out_kl")
+    assert [(point.step, point.value) for point in history] == [(0, 1.5), (20, 0.5)]
+    run = client.get_run(run.info.run_id)
+    assert (run.info.run_name, run.info.status) == ("distill taught", "FINISHED")
+    with pytest.raises(ZeroDivisionError), tracking.training_curves("curves", "another") as measure:
+        measure(0, {"held_out_kl": 1.0})
+        raise ZeroDivisionError
+    (failed,) = client.search_runs([experiment], "attributes.status = 'FAILED'")
+    assert failed.info.run_name == "another"
+
+
+def test_a_server_that_is_gone_costs_the_curves_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    with tracking.training_curves("curves", "distill taught") as measure:
+        measure(0, {"held_out_kl": 1.5})
+        measure(1, {"held_out_kl": 1.4})
+    assert capsys.readouterr().err.count("does not answer") == 1

@@ -13,7 +13,7 @@ import torch
 from pennyweight.errors import StageError
 from pennyweight.healing.loss import chunked_kl, relative_distance
 from pennyweight.healing.student import Trainable
-from pennyweight.recipe import Recover
+from pennyweight.recipe import Distill, Recover
 
 #: Fraction of the budget over which the learning rate rises, and what it falls to by a cosine.
 WARM_UP, LAST_RATE = 0.05, 0.1
@@ -21,7 +21,7 @@ WARM_UP, LAST_RATE = 0.05, 0.1
 
 @dataclass
 class Course:
-    """Where the training stands, and the best state that it has come to."""
+    """Where a training stands, and how good its best state was."""
 
     steps: int = 0
     tokens: int = 0
@@ -29,17 +29,18 @@ class Course:
     ended_by: str = ""
     curve: list[tuple[int, float]] = field(default_factory=list)
     best: float = math.inf
-    kept: list[torch.Tensor] = field(default_factory=list)
     looks_in_vain: int = 0
 
-    def look(self, held_out_kl: float, trained: list[Trainable]) -> None:
+    def look(self, held_out_kl: float) -> bool:
+        """Note how good the state is; whether it is the best yet."""
         self.curve.append((self.steps, held_out_kl))
         self.looks_in_vain += 1
         if held_out_kl < self.best:
             self.best, self.looks_in_vain = held_out_kl, 0
-            self.kept = [item.parameter.detach().clone() for item in trained]
+            return True
+        return False
 
-    def spent(self, budget: Recover) -> dict[str, float]:
+    def spent(self, budget: Recover | Distill) -> dict[str, float]:
         """Fraction of each limit of the budget that is used up."""
         used = {"steps": self.steps, "tokens": self.tokens, "minutes": self.seconds / 60}
         return {name: used[name] / limit for name, limit in budget.limits.items()}
@@ -63,11 +64,11 @@ def heal(
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     looks = HeldOut(teacher, held_out, settings.batch)
     course, batches, begin = Course(), _batches(text, settings), time.monotonic()
-    course.look(looks.kl(student), trained)
-    spent = 0.0
+    course.look(looks.kl(student))
+    kept, spent = _values(trained), 0.0
     while spent < 1 and not course.ended_by:
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * _schedule(spent)
+            group["lr"] = group["rate"] * schedule(spent)
         loss = _loss(student, teacher, next(batches), settings.hidden)
         if not math.isfinite(loss.item()):
             raise StageError(f"recover: the loss is {loss.item()} at step {course.steps + 1}", "lower `learning_rate`")
@@ -81,16 +82,20 @@ def heal(
         limits = course.spent(settings)
         spent = max(limits.values())
         if course.steps % settings.check_every == 0 or spent >= 1:
-            course.look(looks.kl(student), trained)
+            kept = _values(trained) if course.look(looks.kl(student)) else kept
         report(f"loss {loss.item():.4f}, held-out KL {course.curve[-1][1]:.4f}", min(spent, 1.0))
         if spent >= 1:
             course.ended_by = max(limits, key=limits.__getitem__)
         elif course.looks_in_vain >= settings.patience:
             course.ended_by = "patience"
     with torch.no_grad():
-        for item, value in zip(trained, course.kept):
+        for item, value in zip(trained, kept):
             item.parameter.copy_(value)
     return course
+
+
+def _values(trained: list[Trainable]) -> list[torch.Tensor]:
+    return [item.parameter.detach().clone() for item in trained]
 
 
 class HeldOut:
@@ -141,8 +146,8 @@ def _batches(text: torch.Tensor, settings: Recover) -> Iterator[torch.Tensor]:
         order = torch.randperm(len(text), generator=generator)
 
 
-def _schedule(spent: float) -> float:
-    """Factor on the learning rate after a fraction of the budget: a linear rise, then a cosine."""
-    if spent < WARM_UP:
-        return max(spent / WARM_UP, 0.2)
-    return LAST_RATE + (1 - LAST_RATE) / 2 * (1 + math.cos(math.pi * (spent - WARM_UP) / (1 - WARM_UP)))
+def schedule(spent: float, warm_up: float = WARM_UP) -> float:
+    """Factor on the learning rate after a fraction of the budget: a linear rise over `warm_up`, then a cosine."""
+    if spent < warm_up:
+        return max(spent / warm_up, 0.2)
+    return LAST_RATE + (1 - LAST_RATE) / 2 * (1 + math.cos(math.pi * (spent - warm_up) / (1 - warm_up)))

@@ -42,6 +42,7 @@ BASELINE_BYTES = {
     "data": 500 * MB,
     "quantize": 900 * MB,
     "recover": 900 * MB,
+    "distill": 900 * MB,
     "export": 1300 * MB,
     "reference": 900 * MB,
     "evaluate": 900 * MB,

@@ -10,11 +10,12 @@ from pennyweight import installed, machine, runtimes
 from pennyweight.errors import SourceError, StoreError, did_you_mean
 from pennyweight.plan.allocation import budget_problems
 from pennyweight.plan.constants import BASELINE_BYTES
+from pennyweight.plan.distilling import distill_problems
 from pennyweight.plan.records import Plan, PlanProblem, StageEstimate
 from pennyweight.plan.shapes import Shapes
 from pennyweight.plan.show import format_bytes
 from pennyweight.plan.sizes import ModelShape, is_ignored, quantized_layers
-from pennyweight.recipe import PER_CHANNEL, Quantize, Recipe, Recover
+from pennyweight.recipe import PER_CHANNEL, Distill, Quantize, Recipe, Recover
 from pennyweight.store import Store
 
 
@@ -65,6 +66,13 @@ def check_steps(recipe: Recipe, shapes: Shapes, device: str, found: Problems) ->
         shape = shapes.of(variant)
         for index, step in enumerate(steps):
             path = f"variants.{variant}.{index}.{step.kind}"
+            if isinstance(step, Distill):
+                teacher = shapes.of("base")
+                for key, message, hint, kind in (
+                    distill_problems(teacher, shapes.of(variant, index), step, device) if teacher else ()
+                ):
+                    found.add(f"{path}.{key}", message, hint, kind)
+                continue
             if isinstance(step, Recover):
                 if step.compile and device == "cpu" and not machine.has_cpp_compiler():
                     hint = "install g++, name one in CXX, or leave it out"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pennyweight.distillation.config import student_config
 from pennyweight.plan.sizes import ModelShape, model_shape
 from pennyweight.recipe import Recipe, Step
 from pennyweight.store import digest_of
@@ -17,6 +18,8 @@ def config_after(config: dict[str, Any], step: Step) -> dict[str, Any]:
     Raises ValueError, in a user's words, where the step cannot be applied to such a model.
     """
     match step.kind:
+        case "distill":
+            return student_config(config, step)
         case "from" | "quantize" | "recover":
             return config
 

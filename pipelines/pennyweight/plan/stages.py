@@ -22,6 +22,7 @@ from pennyweight.plan.constants import (
     WARM_UP,
     WINDOWS_SECONDS,
 )
+from pennyweight.plan.distilling import estimate_distill
 from pennyweight.plan.job import (
     Job,
     batch_tokens,
@@ -41,7 +42,7 @@ from pennyweight.plan.job import (
 from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, packed_bytes
-from pennyweight.recipe import Base, From, Quantize, Recover
+from pennyweight.recipe import Base, Distill, From, Quantize, Recover
 from pennyweight.speed import CEILING_SECONDS
 from pennyweight.store import RECORD, Store
 
@@ -118,13 +119,16 @@ def _data(job: Job) -> Iterator[StageEstimate]:
 def _steps(job: Job) -> Iterator[StageEstimate]:
     for variant, steps in job.recipe.variants.items():
         shape = job.shape_of(variant)
-        for step in steps:
+        for index, step in enumerate(steps):
             if isinstance(step, From):
                 continue
             if shape is None:
                 yield _unknown(step.kind, variant)
             elif isinstance(step, Quantize):
                 yield estimate_quantize(job, shape, variant, step)
+            elif isinstance(step, Distill):
+                made = job.shape_of(variant, index + 1)
+                yield estimate_distill(job, made, variant, step) if job.shape and made else _unknown(step.kind, variant)
             else:
                 yield _recover(job, shape, variant, step)
 

@@ -10,6 +10,7 @@ from typing import Any
 from pennyweight import shipped
 from pennyweight.errors import Problem, RecipeError, did_you_mean
 from pennyweight.recipe.schema import Base, DataSource, Recipe
+from pennyweight.recipe.steps import Distill
 from pennyweight.recipe.wording import validate
 from pennyweight.suite import DIVERGENCE_METRICS, Condition, SavingCondition, Suite
 from pennyweight.yamlfile import YamlFile, apply_overrides
@@ -138,7 +139,7 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
             if step.calibrate:
-                wanted[step.calibrate.source] = (f"variants.{variant}.{index}.{step.kind}.{step.text_key}", "text")
+                wanted[step.calibrate.source] = (f"variants.{variant}.{index}.{step.kind}.{step.text_key}", "words")
     suite = recipe.evaluate
     if suite.name != "unknown":
         wanted |= {item.text: ("evaluate", "text") for item in suite.texts().values()}
@@ -152,7 +153,14 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
         if name not in catalog:
             problems.append(file.problem(path, f"unknown data set {name!r}", did_you_mean(name, list(catalog))))
         elif getattr(catalog[name], kind) is None:
-            problems.append(file.problem(path, f"data set {name!r} has no {kind}"))
+            problems.append(file.problem(path, f"data set {name!r} has no {'text' if kind == 'words' else kind}"))
+    for variant, steps in recipe.variants.items():
+        for index, step in enumerate(steps):
+            source = catalog.get(step.text) if isinstance(step, Distill) and step.answers else None
+            if source and source.words and not source.has_answers:
+                path = f"variants.{variant}.{index}.distill.answers"
+                hint = "name one with `messages`, or with `prompt` and `answer`, or remove `answers`"
+                problems.append(file.problem(path, f"data set {step.text!r} is plain text, without answers", hint))
     data = {name: catalog[name] for name in sorted({*wanted, *recipe.data}) if name in catalog}
     return recipe.model_copy(update={"data": data})
 

@@ -20,6 +20,8 @@ def _misplaced(step: Any, before: list[str]) -> str | None:
             return "must come first, and once: it says which base the variant starts from" if before else None
         case "recover":
             return None if "quantize" in before else "heals quantized weights: put a quantize step before it"
+    if step.kind == "distill" and step.student and before:
+        return "draws its student from the base, and what comes before it would be lost: put it first"
     if "quantize" not in before:
         return None
     if step.kind == "quantize":

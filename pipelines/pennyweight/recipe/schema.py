@@ -115,7 +115,7 @@ class Benchmark(Section):
 
 
 class DataSource(Section):
-    """Text or questions, pinned by digest."""
+    """Text, conversations or questions, pinned by digest."""
 
     uri: str
     """`pypi:PACKAGE==VERSION/MEMBER` or `file:PATH`: a JSONL file."""
@@ -128,14 +128,31 @@ class DataSource(Section):
     license: str = ""
     text: str | None = None
     """Field that holds text."""
+    prompt: str | None = None
+    """Field that holds a prompt; its answer is in the field `answer`."""
+    answer: str | None = None
+    messages: str | None = None
+    """Field that holds a conversation: a list of `{role, content}`."""
     questions: Literal["lettered"] | None = None
     """Rows with `question`, `options` («A. …», one a line) and `answer`; become question, choices, gold."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> DataSource:
-        if (self.text is None) == (self.questions is None):
-            raise ValueError("needs exactly one of `text` (a field's name) and `questions`")
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("`prompt` and `answer`, two fields' names, need each other")
+        if sum(kind is not None for kind in (self.text, self.questions, self.messages, self.prompt)) != 1:
+            raise ValueError("needs exactly one of `text` (a field's name), `questions`, `messages`, and `prompt`")
         return self
+
+    @property
+    def words(self) -> str | None:
+        """The field that holds what can be learnt from."""
+        return self.text or self.messages or self.prompt
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether its rows are conversations."""
+        return self.messages is not None or self.prompt is not None
 
 
 class Recipe(Section):

@@ -1,19 +1,21 @@
-"""How each variant was made: its steps, what was proved of its integers, and how far healing came."""
+"""How each variant was made: its steps, what was proved of its integers, and how far distilling and healing came."""
 
 from __future__ import annotations
 
-from pennyweight.records import Checkpoint, Healing, Rounding, RunRecord
+from pennyweight.records import Checkpoint, Distillation, Healing, Rounding, RunRecord
 from pennyweight.report import text
 from pennyweight.report.markup import Html, el
 
-HEAD = ("variant", "steps", "integers", "off after reload", "healing: held-out KL", "time")
+HEAD = ("variant", "steps", "integers", "off after reload", "learning: held-out KL", "time")
 
 
 def variants(record: RunRecord) -> dict[str, Checkpoint]:
     """Each variant's checkpoint, where a step has said what it did, or where it starts from another base."""
     found = {result.variant: result.checkpoint for result in record.candidates if result.checkpoint}
     return {
-        name: made for name, made in found.items() if made.rounding or made.healing or record.start_of(name) != "base"
+        name: made
+        for name, made in found.items()
+        if made.rounding or made.healing or made.distillation or record.start_of(name) != "base"
     }
 
 
@@ -30,12 +32,12 @@ def _cells(made: Checkpoint, start: str) -> list[Html]:
     uri, *steps = made.origin.split(" → ")
     if start != "base":
         steps = [f"from {start}, {uri}", *steps]
-    seconds = sum(part.seconds for part in (made.rounding, made.healing) if part)
+    seconds = sum(part.seconds for part in (made.distillation, made.rounding, made.healing) if part)
     return [
         el("td", [el("div", step) for step in steps], class_="text"),
         el("td", _integers(made.rounding), class_="text"),
         el("td", f"{made.rounding.reload_difference:.2g} nats" if made.rounding else text.MISSING, class_="text"),
-        el("td", _healing(made.healing), class_="text"),
+        el("td", [*_distillation(made.distillation), *_healing(made.healing)] or text.MISSING, class_="text"),
         el("td", text.duration(seconds)),
     ]
 
@@ -52,9 +54,22 @@ def _integers(rounding: Rounding | None) -> list[Html] | str:
     return [el("div", line) for line in lines]
 
 
-def _healing(healing: Healing | None) -> list[Html] | str:
+def _distillation(made: Distillation | None) -> list[Html]:
+    if made is None:
+        return []
+    said = made.cache_bytes_per_token
+    cached = f", teacher cached in {said} bytes a token" if said else ""
+    return [
+        el("div", "distilled: " + " → ".join(text.number(kl) for _, kl in made.curve)),
+        el("div", "training loss: " + " → ".join(text.number(loss) for _, loss in made.losses)),
+        el("div", f"{made.steps} steps, {made.tokens:,} tokens, ended by {made.ended_by}, kept step {made.kept_step}"),
+        el("div", f"{made.tokens_per_second:.0f} tokens/s{cached}"),
+    ]
+
+
+def _healing(healing: Healing | None) -> list[Html]:
     if healing is None:
-        return text.MISSING
+        return []
     moved = f", {healing.moved:,} integers moved" if healing.moved else ""
     return [
         el("div", " → ".join(text.number(kl) for _, kl in healing.curve)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pennyweight.recipe import From, Quantize, Recipe, RuntimeName, Step
 from pennyweight.records import Candidate, Checkpoint, Parity
 from pennyweight.stages.run import Run, placed
 from pennyweight.stages.texts import Texts, calibration_name
-from pennyweight.store import Store, folder_digest
+from pennyweight.store import Store, digest_of, folder_digest
 
 #: KL between an exported file and the checkpoint that it was made from, in nats per token, above which it is refused.
 PARITY_TOLERANCE = 0.02
@@ -65,6 +65,7 @@ def fetch_bases(run: Run, base: Checkpoint) -> Bases:
 def make_variant(run: Run, variant: str, steps: list[Step], bases: Bases, texts: Texts) -> Checkpoint:
     """Apply a variant's steps to the base that it starts from, one after the other."""
     from pennyweight.steps import STEPS, StepContext, libraries
+    from pennyweight.tracking import training_curves
 
     base = bases.start_of(run.recipe, variant)
     checkpoint, rounded, done = base, None, []
@@ -100,14 +101,18 @@ def make_variant(run: Run, variant: str, steps: list[Step], bases: Bases, texts:
             name: str = name,
             before: Any = checkpoint,
             models: Any = models,
+            inputs: Any = inputs,
         ) -> Any:
             expected = run.plan.expected_seconds(step.kind, variant) or 0.0
             report = partial(run.progress.fraction, step.kind, expected=expected)
-            context = StepContext(run.device, run.recipe.seed, texts.load(name), report=report, **models)
-            with stage.library():
-                outcome = kind.run(before, step, context, files)
+            kept = {"store": run.store, "key": digest_of(inputs)}
+            text = {"calibration": texts.load(name), "answers": texts.answers(name)}
+            context = StepContext(run.device, run.recipe.seed, report=report, **text, **kept, **models)
+            training = f"{step.kind} {variant}"
+            with stage.library(), training_curves(run.recipe.name, training) as measure:
+                outcome = kind.run(before, step, replace(context, measure=measure), files)
             made = checkpoints.describe(files, origin=" → ".join([base.origin, *done]))
-            past = {"rounding": before.rounding, "healing": before.healing}
+            past = {"rounding": before.rounding, "healing": before.healing, "distillation": before.distillation}
             return made.model_copy(update=past | {kind.record: outcome}).model_dump(mode="json")
 
         with run.stage(step.kind, variant) as stage:

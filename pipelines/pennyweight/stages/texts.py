@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: does not decide.
 PARITY_WINDOWS = 4
 PARITY_LENGTH = 256
+ANSWERS = "answers.npy"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,13 @@ class Texts:
         import numpy as np
 
         return np.load(self.folders[name] / "windows.npy") if name in self.folders else None
+
+    def answers(self, name: str) -> np.ndarray | None:
+        """Which tokens are an answer's, bool (windows, length); None for plain text."""
+        import numpy as np
+
+        path = self.folders[name] / ANSWERS if name in self.folders else None
+        return np.load(path) if path and path.exists() else None
 
     def documents(self, name: str) -> np.ndarray:
         """The document that each token comes from, int32 (windows, length)."""
@@ -99,9 +107,12 @@ def cut_windows(run: Run, base: Checkpoint, text: Path, count: int, length: int,
     def build(files: Path) -> dict[str, Any]:
         import numpy as np
 
-        cut, owners = datasets.windows(load_tokenizer(base), datasets.texts(text), count, length, seed)
+        documents = datasets.documents(text)
+        cut, owners, answers = datasets.packed(load_tokenizer(base), documents, count, length, seed)
         np.save(files / "windows.npy", cut)
         np.save(files / "documents.npy", owners)
+        if not isinstance(documents[0], str):
+            np.save(files / ANSWERS, answers)
         return {"digest": file_digest(files / "windows.npy")}
 
     return run.store.get_or_build(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pennyweight import installed
 from pennyweight import recipe as schema
-from pennyweight.records import Checkpoint, Healing, Rounding
-from pennyweight.steps import quantize, recover
+from pennyweight.records import Checkpoint, Distillation, Healing, Rounding
+from pennyweight.steps import distill, quantize, recover
+from pennyweight.store import Store
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class StepContext:
     """The recipe's base, whatever the variant was made from."""
     rounded: Checkpoint | None = None
     """What the variant's `quantize` step was given; None before that step."""
+    measure: Callable[[int, Mapping[str, float]], None] = lambda step, values: None
+    """Told the points of a training's curves: (step, values by name)."""
+    store: Store | None = None
+    """Where a step may keep what other steps can use."""
+    key: str = ""
+    """Of what the step makes, in the store; names the workspace that it goes on from."""
+    answers: Any | None = None
+    """Which tokens of `calibration` are an answer's, bool (samples, length); None where the text is plain."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class StepKind:
     version: int
     """Raised whenever the same settings would give other weights."""
     libraries: tuple[str, ...]
-    run: Callable[[Checkpoint, Any, StepContext, Path], Rounding | Healing]
+    run: Callable[[Checkpoint, Any, StepContext, Path], Rounding | Healing | Distillation]
     """(checkpoint, settings, context, folder to write the new checkpoint to)"""
     record: str
     """Where in the checkpoint's record its report goes."""
@@ -59,6 +68,13 @@ STEPS: dict[str, StepKind] = {
         record="healing",
         needs_base=True,
         needs_rounded=True,
+    ),
+    "distill": StepKind(
+        version=1,
+        libraries=distill.LIBRARIES,
+        run=distill.run,
+        record="distillation",
+        needs_teacher=True,
     ),
 }
 assert set(STEPS) == set(schema.STEPS) - {"from"}, "`from` says where a variant starts, and makes nothing"

@@ -45,7 +45,7 @@ def log_run(
     again. Raises TrackingError, after which `log_run` can be repeated.
     """
     with session(f"{record.name} was not logged") as client:
-        experiment_id = _experiment(client, record.name)
+        experiment_id = open_experiment(client, record.name)
         key = naming.run_key(record, run_dir)
         for earlier in _runs(client, experiment_id, f"tags.`{RUN_KEY}` = '{key}'"):
             if earlier.info.status == "FINISHED":
@@ -75,7 +75,7 @@ def log_serving(tracking: Tracking, files: Iterable[Path], measures: Mapping[str
         now = int(1000 * time.time())
         for run in _runs(client, parent.experiment_id, f"tags.`{PARENT}` = '{parent.run_id}'"):
             found = measures.get(run.data.tags.get("pennyweight.candidate", ""), {})
-            _log_values(client, run.info.run_id, now, {}, [naming.Measure(*item) for item in found.items()])
+            log_values(client, run.info.run_id, now, {}, [naming.Measure(*item) for item in found.items()])
         for path in files:
             client.log_artifact(parent.run_id, str(path))
 
@@ -91,8 +91,8 @@ def _log(
     started = _milliseconds(record.started_at)
     ended = started + int(1000 * record.seconds)
     tags = {**naming.recipe_tags(record), RUN_KEY: key}
-    parent = _start(client, experiment_id, run_dir.resolve().name, started, tags).info.run_id
-    _log_values(client, parent, ended, naming.recipe_params(record), naming.recipe_measures(record))
+    parent = start_run(client, experiment_id, run_dir.resolve().name, started, tags).info.run_id
+    log_values(client, parent, ended, naming.recipe_params(record), naming.recipe_measures(record))
 
     flips = flips_of_run(record)
     children = {}
@@ -129,22 +129,22 @@ def _log_candidate(
     """Log one candidate as a child of `parent`; its duration is the time that the run spent on it. Returns its id."""
     spent = sum(stage.seconds for stage in record.stages if stage.subject in (result.id, result.variant))
     tags = {**naming.candidate_tags(record, result), PARENT: parent}
-    child = _start(client, experiment_id, result.id, started, tags).info.run_id
+    child = start_run(client, experiment_id, result.id, started, tags).info.run_id
     ended = started + int(1000 * spent)
     measures = naming.candidate_measures(record, result)
-    _log_values(client, child, ended, naming.candidate_params(record, result), measures)
+    log_values(client, child, ended, naming.candidate_params(record, result), measures)
     if samples is not None:
         client.log_artifact(child, str(samples), "samples")
     client.set_terminated(child, "FAILED" if result.verdict.status == "error" else "FINISHED", ended)
     return child
 
 
-def _start(client: MlflowClient, experiment_id: str, name: str, started: int, tags: dict[str, str]) -> Run:
+def start_run(client: MlflowClient, experiment_id: str, name: str, started: int, tags: dict[str, str]) -> Run:
     cut = {key: redact(value)[: naming.MAX_TAG] for key, value in tags.items()}
     return client.create_run(experiment_id, start_time=started, run_name=name, tags=cut)
 
 
-def _log_values(
+def log_values(
     client: MlflowClient, run_id: str, timestamp: int, params: dict[str, str], measures: Iterable[naming.Measure]
 ) -> None:
     """Log parameters and metrics in batches within MLflow's limits; what is not finite becomes a tag."""
@@ -169,7 +169,7 @@ def _attach(client: MlflowClient, run_id: str, run_dir: Path) -> None:
         client.log_artifact(run_id, str(path))
 
 
-def _experiment(client: MlflowClient, name: str) -> str:
+def open_experiment(client: MlflowClient, name: str) -> str:
     """The id of the recipe's experiment, created where there is none, by us or by another pipeline meanwhile."""
     from mlflow import MlflowException
 

@@ -1,0 +1,114 @@
+"""What a `distill` step takes, and what of it cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pennyweight import machine
+from pennyweight.plan.constants import ACTIVATION_COPIES, BASELINE_BYTES, TRAINING_EFFICIENCY
+from pennyweight.plan.job import Job, per_gb, rate, score_seconds, wave_seconds
+from pennyweight.plan.records import StageEstimate
+from pennyweight.plan.show import format_bytes
+from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes
+from pennyweight.recipe import Distill
+
+#: Bytes for each weight that learns: itself and its gradient in float32, and AdamW's two moments.
+LEARNING_BYTES = 16
+#: Of those, what a resumable state keeps on disk.
+STATE_BYTES = 12
+#: Windows that the teacher writes together.
+SHARD = 16
+#: Logits alive at once in the loss, in float32: the student's, the teacher's, and what is made of them.
+LOGIT_BYTES = 4 * 4 * 256 * 49152
+
+
+def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill) -> StageEstimate:
+    """`student` is the shape of what the step makes. The teacher is the base."""
+    assert job.shape
+    weights, cache = dense_bytes(student), cache_bytes(job.shape, step)
+    shared = _asked_before(job, variant, step)
+    dtype = job.compute_dtype(job.shape, "transformers", False)
+    teacher = 0 if step.ce == 1 or (step.teacher != "live" and shared) else ITEMSIZE[dtype] * job.shape.parameters
+    activations = step.batch * step.length * student.layers * student.intermediate * ACTIVATION_COPIES
+    learning = (LEARNING_BYTES + (2 if dtype != "float32" else 0)) * student.parameters
+    working = STATE_BYTES * student.parameters + 2 * weights
+    notes = [step.describe(), f"distill: {format_bytes(working)} of its disk are free again when it has ended"]
+    if cache:
+        assert step.teacher != "live"
+        size = step.teacher.bytes_per_token(job.shape.head[0])
+        notes.append(f"distill: what the teacher says takes {size} bytes a token, {format_bytes(cache)} in all")
+    return StageEstimate(
+        stage="distill", subject=variant, seconds=_seconds(job, student, step, shared), weight_bytes=weights,
+        disk_bytes=weights + working + (0 if shared else cache), notes=notes,
+        peak_memory_bytes=BASELINE_BYTES["distill"] + teacher + learning + activations + LOGIT_BYTES,
+    )  # fmt: skip
+
+
+def cache_bytes(teacher: ModelShape, step: Distill) -> int:
+    """Bytes of what the teacher says to the text; 0 where it is live."""
+    if step.teacher == "live":
+        return 0
+    learnt = (step.calibrate.samples - step.held_out) * step.length
+    return learnt * step.teacher.bytes_per_token(teacher.head[0]) + 4 * step.held_out * step.length * teacher.hidden
+
+
+def distill_problems(
+    teacher: ModelShape, student: ModelShape | None, step: Distill, device: str
+) -> Iterator[tuple[str, str, str, str]]:
+    """(key, what is wrong, hint, kind of problem)."""
+    if step.hidden and student and student.hidden != teacher.hidden:
+        message = f"the student's hidden states are {student.hidden} wide, the teacher's {teacher.hidden}"
+        yield "hidden", message, "remove `hidden`", "recipe"
+    if step.teacher != "live" and step.teacher.k >= teacher.head[0]:
+        message = f"the vocabulary has {teacher.head[0]} tokens, {step.teacher.k} of them are no choice"
+        yield "teacher.k", message, "take fewer", "recipe"
+    if device == "cuda" and machine.has_gpu() and step.processes > len(machine.gpus()):
+        message = f"{step.processes} processes need a GPU each, and this machine has {len(machine.gpus())}"
+        yield "processes", message, "take fewer", "machine"
+
+
+def _seconds(job: Job, student: ModelShape, step: Distill, shared: bool) -> float | None:
+    """A forward pass is 2 operations for each weight and token, a backward pass 4."""
+    assert job.shape
+    if job.measured is None:
+        return None
+    dtype = job.compute_dtype(job.shape, "transformers", False)
+    speed = rate(job, dtype) * TRAINING_EFFICIENCY[dtype]
+    asks = step.teacher == "live" and step.ce < 1
+    a_step = (6 * student.product_weights + (2 * job.shape.product_weights if asks else 0)) * step.step_tokens / speed
+    a_look = (2 * student.product_weights + 2 * job.shape.head[0] * job.shape.hidden) * step.held_out * step.length
+    a_look /= speed
+    allowed = [] if step.minutes is None else [60 * step.minutes]
+    if step.most_steps is not None:
+        allowed.append(step.most_steps * a_step + -(-step.most_steps // step.check_every) * a_look)
+    tokens = step.calibrate.samples * step.length if step.teacher != "live" and not shared else 0
+    asking = score_seconds(job, job.shape, "transformers", dtype, tokens, step.batch * step.length) if tokens else 0.0
+    writing = _writing_seconds(job, step)
+    assert asking is not None and writing is not None
+    loading = job.imports("transformers") + per_gb("load", 3 * dense_bytes(student))
+    return loading + writing + asking + a_look + min(allowed)
+
+
+def _writing_seconds(job: Job, step: Distill) -> float | None:
+    """The teacher's own text, a shard at a time."""
+    assert job.shape
+    if step.generate is None:
+        return 0.0
+    prompt, learnt = step.generate.prompt, step.calibrate.samples - step.held_out
+    wave = wave_seconds(job, job.shape, "transformers", None, SHARD, prompt, step.length - prompt)
+    return None if wave is None else -(-learnt // SHARD) * wave
+
+
+def _asked_before(job: Job, variant: str, step: Distill) -> bool:
+    """Whether an earlier variant keeps the same words of the teacher."""
+
+    def asked(other: Distill) -> tuple[object, ...]:
+        shape = (other.calibrate.source, other.calibrate.samples, other.length, other.held_out)
+        return (*shape, other.temperature, other.teacher, other.generate)
+
+    for name, steps in job.recipe.variants.items():
+        if name == variant:
+            return False
+        if any(isinstance(other, Distill) and asked(other) == asked(step) for other in steps):
+            return step.teacher != "live"
+    return False

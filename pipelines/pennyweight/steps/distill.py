@@ -1,0 +1,211 @@
+"""`distill`: train a checkpoint, or a student drawn from the base, to predict what the base predicts.
+
+Hinton et al., Distilling the Knowledge in a Neural Network, 2015; after pruning, Muralidharan et al., Compact Language
+Models via Pruning and Knowledge Distillation, 2024.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pennyweight import checkpoints, runtimes
+from pennyweight.errors import StageError
+from pennyweight.memory import out_of_memory_of
+from pennyweight.quantization import decoder
+from pennyweight.recipe import Distill
+from pennyweight.records import Checkpoint, Distillation
+from pennyweight.store import Entry, digest_of, folder_bytes
+
+if TYPE_CHECKING:
+    from pennyweight.steps import StepContext
+
+LIBRARIES = ("transformers", "torch", "accelerate")
+
+
+def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path) -> Distillation:
+    """Write the student that was best on held-out text to `files`.
+
+    Raises StageError where the step lacks text or its teacher, where the vocabularies differ, or where nothing was
+    learnt before a loss was not finite.
+    """
+    if context.calibration is None or context.teacher is None or context.store is None:
+        raise StageError("distill needs text, a teacher and a store")
+    begin = time.monotonic()
+    _check_vocabularies(checkpoint, context.teacher)
+    with (
+        out_of_memory_of("distill", "lower `batch` or `length`, and raise `accumulate`"),
+        context.store.workspace("distill", context.key) as workspace,
+    ):
+        context = _generated(step, context)
+        cached = _cache(step, context)
+        work, course = _train(checkpoint, step, context, workspace, cached)
+        if course.ended_by.startswith("a loss") and course.kept == 0:
+            raise StageError(f"distill: {course.ended_by}, and no state before it was better than the first",
+                             "lower `learning_rate`")  # fmt: skip
+        _write(Path(work.student), workspace / _best(course.kept), files)
+        vocabulary = checkpoints.read_config(Path(context.teacher.path)).get("vocab_size") or 0
+        return Distillation(
+            steps=course.steps,
+            tokens=course.tokens,
+            ended_by=course.ended_by,
+            kept_step=course.kept,
+            kl_before=course.curve[0][1],
+            kl_after=course.best,
+            curve=course.curve,
+            losses=course.losses,
+            cache_bytes_per_token=None if step.teacher == "live" else step.teacher.bytes_per_token(vocabulary),
+            cache_reused=bool(cached and cached.reused),
+            tokens_per_second=course.tokens / course.seconds if course.seconds else 0.0,
+            training_seconds=course.seconds,
+            seconds=time.monotonic() - begin,
+        )
+
+
+def _train(
+    checkpoint: Checkpoint, step: Distill, context: StepContext, workspace: Path, cached: Entry | None
+) -> tuple[Any, Any]:
+    import numpy as np
+    import torch
+
+    from pennyweight.distillation import student
+    from pennyweight.distillation.train import Work, train
+    from pennyweight.distillation.worker import train_in_processes
+
+    assert context.teacher
+    torch.manual_seed(context.seed)
+    start = Path(checkpoint.path)
+    if step.student:
+        start = workspace / "start"
+        try:
+            student.draw(Path(context.teacher.path), step, start)
+        except ValueError as error:
+            raise StageError(f"distill: {error}") from None
+    np.save(workspace / "windows.npy", context.calibration)
+    learns_answers = step.answers or step.generate is not None
+    if learns_answers:
+        if context.answers is None:
+            raise StageError("distill: `answers` needs data with answers", "remove `answers`")
+        np.save(workspace / "answers.npy", context.answers)
+    work = Work(
+        teacher=context.teacher,
+        student=str(start),
+        dtype=checkpoint.dtype,
+        windows=str(workspace / "windows.npy"),
+        settings=step,
+        device=context.device,
+        workspace=str(workspace),
+        cache=str(cached.files) if cached else None,
+        answers=str(workspace / "answers.npy") if learns_answers else None,
+    )
+    return work, (train if step.processes == 1 else train_in_processes)(work, context.report, context.measure)
+
+
+def _generated(step: Distill, context: StepContext) -> StepContext:
+    """The context with what the teacher wrote to learn on, from the store, or written there now."""
+    if step.generate is None:
+        return context
+    import numpy as np
+
+    from pennyweight.distillation import generation
+
+    assert context.teacher and context.calibration is not None
+    windows, settings = context.calibration, step.generate
+    inputs = _said(context, windows[step.held_out :]) | {
+        "version": generation.VERSION,
+        "settings": settings.model_dump(mode="json"),
+        "seed": context.seed,
+    }
+
+    def write(teacher: Any, folder: Path) -> None:
+        import torch
+
+        ids = torch.from_numpy(windows[step.held_out :]).to(context.device)
+        generation.write(teacher, ids, settings, context.seed, folder, context.report)
+
+    said = generation.read(_kept("generated", inputs, context, write).files)
+    answers = np.ones(windows.shape, dtype=bool)
+    answers[step.held_out :, : settings.prompt] = False
+    return replace(context, calibration=np.concatenate([windows[: step.held_out], said]), answers=answers)
+
+
+def _cache(step: Distill, context: StepContext) -> Entry | None:
+    """What the teacher says to the text, from the store, or written there now."""
+    if step.teacher == "live":
+        return None
+    from pennyweight.distillation import cache
+
+    windows, settings = context.calibration, step.teacher
+    inputs = _said(context, windows) | {
+        "version": cache.VERSION,
+        "held_out": step.held_out,
+        "settings": settings.model_dump(mode="json"),
+        "temperature": step.temperature,
+        "seed": context.seed if settings.cache == "sampled" else None,
+    }
+
+    def write(teacher: Any, folder: Path) -> None:
+        import torch
+
+        ids = torch.from_numpy(windows).to(context.device)
+        learnt, held_out = ids[step.held_out :], ids[: step.held_out]
+        cache.write(teacher, learnt, held_out, settings, step.temperature, context.seed, folder, context.report)
+
+    return _kept("teacher", inputs, context, write)
+
+
+def _said(context: StepContext, windows: Any) -> dict[str, Any]:
+    """What identifies the teacher at a text."""
+    assert context.teacher
+    return {
+        "teacher": context.teacher.digest,
+        "windows": hashlib.sha256(windows.tobytes()).hexdigest(),
+        "shape": list(windows.shape),
+        "device": context.device,
+        "libraries": runtimes.versions(LIBRARIES[:2]),
+    }
+
+
+def _kept(stage: str, inputs: dict[str, Any], context: StepContext, write: Callable[[Any, Path], None]) -> Entry:
+    """What `write(teacher, folder)` leaves as .npy files, from the store; a killed run goes on from those it left."""
+    assert context.teacher and context.store
+    base, store = context.teacher, context.store
+
+    def build(files: Path) -> dict[str, Any]:
+        with store.workspace(stage, digest_of(inputs)) as workspace:
+            write(decoder.load(base, context.device), workspace)
+            for path in workspace.glob("*.npy"):
+                shutil.move(path, files)
+        return {"bytes": folder_bytes(files)}
+
+    return store.get_or_build(stage, inputs, build)
+
+
+def _check_vocabularies(student: Checkpoint, teacher: Checkpoint) -> None:
+    sizes = [checkpoints.read_config(Path(each.path)).get("vocab_size") for each in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise StageError(
+            f"distill: the student predicts {sizes[0]} tokens, the teacher {sizes[1]}",
+            "a student learns from a teacher of the same vocabulary",
+        )
+
+
+def _best(step: int) -> str:
+    from pennyweight.distillation.train import BEST
+
+    return BEST.format(step)
+
+
+def _write(student: Path, best: Path, files: Path) -> None:
+    """The best weights with the student's other files."""
+    from pennyweight.distillation.student import copy_beside
+
+    copy_beside(student, files)
+    for path in best.iterdir():
+        if path.suffix == ".safetensors" or path.name == checkpoints.INDEX:
+            shutil.move(path, files)

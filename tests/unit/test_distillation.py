@@ -1,0 +1,384 @@
+"""Distillation at work: a toy language is learnt, a killed run goes on, what a teacher said is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pennyweight import checkpoints
+from pennyweight.distillation import cache, generation
+from pennyweight.distillation import train as training
+from pennyweight.distillation.config import copied_layers, student_config
+from pennyweight.distillation.train import Lessons, Work, batch_of, train
+from pennyweight.errors import StageError
+from pennyweight.quantization import decoder
+from pennyweight.recipe import Distill, Generate, Quantize, TeacherCache
+from pennyweight.recipe.order import check_order
+from pennyweight.records import Checkpoint
+from pennyweight.steps import StepContext, distill
+from pennyweight.store import Store
+
+VOCABULARY = 24
+
+
+def checkpoint(folder: Path, layers: int, width: int = 32, seed: int = 0, **changes: Any) -> Checkpoint:
+    """A random Llama in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"tie_word_embeddings": True, "initializer_range": 0.1, "vocab_size": VOCABULARY, **changes}
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, **settings,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return checkpoints.describe(folder, "test")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Four layers that add nothing: the next token hangs on the last one alone, so that its entropy is known."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("teacher")
+    checkpoint(folder, layers=4, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    for block in model.model.layers:
+        block.self_attn.o_proj.weight.data.zero_()
+        block.mlp.down_proj.weight.data.zero_()
+    model.lm_head.weight.data.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    return checkpoints.describe(folder, "teacher")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return checkpoint(tmp_path_factory.mktemp("student"), layers=2, seed=1)
+
+
+def table(teacher: Checkpoint) -> torch.Tensor:
+    """log p(next | last), (last, next)."""
+    model = decoder.load(teacher, "cpu")
+    return torch.log_softmax(model(torch.arange(VOCABULARY)[:, None]).logits[:, 0].float(), -1)
+
+
+def spoken(teacher: Checkpoint, windows: int, length: int) -> np.ndarray:
+    """Text in the teacher's language."""
+    probable, generator = table(teacher).exp(), torch.Generator().manual_seed(0)
+    tokens = [torch.randint(0, VOCABULARY, (windows,), generator=generator)]
+    while len(tokens) < length:
+        tokens.append(torch.multinomial(probable[tokens[-1]], 1, generator=generator)[:, 0])
+    return torch.stack(tokens, 1).numpy()
+
+
+def settings(**changes: Any) -> Distill:
+    usual = {"text": "any", "steps": 6, "batch": 4, "length": 16, "held_out": 4, "check_every": 2}
+    return Distill(**{**usual, "learning_rate": 0.01, **changes})
+
+
+def work(teacher: Checkpoint, student: Checkpoint, step: Distill, folder: Path) -> Work:
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "windows.npy", spoken(teacher, step.calibrate.samples, step.length))
+    return Work(teacher, student.path, "float32", str(folder / "windows.npy"), step, "cpu", str(folder))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd", "text alone"])
+def test_two_layers_learn_a_language_to_its_entropy(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, kind: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    how = {"ce": 1.0} if kind == "text alone" else {"loss": kind}
+    step = settings(steps=150, batch=16, check_every=50, **how)
+    course = train(work(teacher, student, step, tmp_path))
+    learnt = AutoModelForCausalLM.from_pretrained(tmp_path / f"best-{course.kept:08d}")
+    held = torch.from_numpy(spoken(teacher, 64, 16))
+    with torch.no_grad():
+        found = torch.log_softmax(learnt(held).logits, -1)
+    said = table(teacher)[held]
+    entropy = -(said.exp() * said).sum(-1).mean().item()
+    cross_entropy = -(said.exp() * found).sum(-1).mean().item()
+    assert entropy < math.log(VOCABULARY) - 0.5  # there is something to learn
+    assert entropy < cross_entropy < entropy + (0.1 if kind == "text alone" else 0.03)
+
+
+def test_killed_training_goes_on_as_if_nothing_had_been(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step = settings(steps=9, check_every=2, accumulate=2)
+    whole = train(work(teacher, student, step, tmp_path / "whole"))
+    broken, told = work(teacher, student, step, tmp_path / "broken"), []
+
+    class Killed(BaseException):
+        pass
+
+    def kill(detail: str, done: float) -> None:
+        told.append(done)
+        if len(told) == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(broken, kill)
+    again = train(broken, lambda detail, done: told.append(done))
+    assert len(told) == 5 + 5  # the fifth step came after the last saved state, and is done again
+    assert (again.curve, again.losses, again.kept) == (whole.curve, whole.losses, whole.kept)
+    assert again.kept == 9
+    files = [tmp_path / name / "best-00000009" / "model.safetensors" for name in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_loss_that_is_not_a_number_ends_it_with_the_last_good_state(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([1.0, 1.0, 1.0, math.nan])
+    forward = training.Pupil.forward
+    monkeypatch.setattr(training.Pupil, "forward", lambda self, *inputs: forward(self, *inputs) * next(losses))
+    course = train(work(teacher, student, settings(), tmp_path))
+    assert course.ended_by == "a loss of nan at step 4"
+    assert (course.steps, course.kept) == (3, 2)
+    weights = checkpoints.read_tensors(tmp_path / "best-00000002")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_all_weights_learn_tied_ones_once(teacher: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    course = train(work(teacher, student, settings(), tmp_path))
+    before = checkpoints.read_tensors(Path(student.path))
+    after = checkpoints.read_tensors(tmp_path / f"best-{course.kept:08d}")
+    assert before.keys() == after.keys()
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+def test_batches_take_every_window_once_a_round() -> None:
+    first = [batch_of(number, 10, 3) for number in range(3)]
+    assert first == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    second = [window for number in range(3, 6) for window in batch_of(number, 10, 3)]
+    assert len(set(second)) == 9
+    assert second != list(range(9))
+    assert [batch_of(number, 10, 3) for number in range(3, 6)] != first
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+def test_what_the_teacher_said_is_read_as_it_was_written(teacher: Checkpoint, tmp_path: Path, kind: Any) -> None:
+    kept = TeacherCache(cache=kind, k=5)
+    windows = torch.from_numpy(spoken(teacher, 2 * cache.SHARD + 3, 16))
+    cache.write(decoder.load(teacher, "cpu"), windows, windows[:4], kept, 1.0, 0, tmp_path)
+    chosen = [0, cache.SHARD + 1, 2 * cache.SHARD + 2]
+    found = cache.Cached(tmp_path, kept, "cpu").target(chosen)
+    said = table(teacher)[windows[chosen]].flatten(0, 1)
+    size = sum(path.stat().st_size - 128 for path in tmp_path.glob("shard-*"))  # numpy's header
+    assert size == windows.numel() * kept.bytes_per_token(VOCABULARY)
+    if kind == "top_k":
+        assert torch.equal(found.ids, said.topk(5).indices)
+        torch.testing.assert_close(found.log_probabilities[:, :-1], said.topk(5).values, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(found.log_probabilities.exp().sum(-1), torch.ones(len(said)))
+        return
+    many = cache.Cached(tmp_path, kept, "cpu").target(list(range(len(windows))))
+    first = windows.flatten()
+    token = first.bincount().argmax()
+    drawn = many.ids[first == token].flatten().bincount(minlength=VOCABULARY) / (5 * (first == token).sum())
+    error = 4 * (table(teacher)[token].exp() / (5 * (first == token).sum())).sqrt()
+    assert ((drawn - table(teacher)[token].exp()).abs() < error + 1e-3).all()
+
+
+def test_large_vocabularies_take_four_bytes_a_number() -> None:
+    assert TeacherCache(cache="top_k", k=32).bytes_per_token(49152) == 32 * 2 + 33 * 2
+    assert TeacherCache(cache="top_k", k=32).bytes_per_token(128256) == 32 * 4 + 34 * 2
+    assert TeacherCache(cache="sampled", k=32).bytes_per_token(49152) == 64
+
+
+def test_a_cache_goes_on_after_its_last_whole_shard(teacher: Checkpoint, tmp_path: Path) -> None:
+    kept = TeacherCache(cache="sampled", k=3)
+    windows, model = torch.from_numpy(spoken(teacher, 3 * cache.SHARD, 16)), decoder.load(teacher, "cpu")
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    cache.write(model, windows, windows[:4], kept, 1.0, 0, tmp_path / "whole")
+    told: list[float] = []
+
+    def full_disk(detail: str, done: float) -> None:
+        told.append(done)
+        if len(told) == 3:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        cache.write(model, windows, windows[:4], kept, 1.0, 0, tmp_path / "broken", full_disk)
+    first = tmp_path / "broken" / "shard-000000.npy"
+    written = first.stat().st_mtime_ns
+    cache.write(model, windows, windows[:4], kept, 1.0, 0, tmp_path / "broken")
+    assert first.stat().st_mtime_ns == written
+    for path in (tmp_path / "whole").glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes()
+
+
+def test_a_cached_teacher_teaches_as_the_live_one(teacher: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    live = settings(steps=40, check_every=40)
+    kept = TeacherCache(cache="top_k", k=VOCABULARY - 1)
+    cached = live.model_copy(update={"teacher": kept})
+    begun = work(teacher, student, cached, tmp_path / "cached")
+    windows = torch.from_numpy(np.load(begun.windows))
+    folder = tmp_path / "said"
+    folder.mkdir()
+    cache.write(decoder.load(teacher, "cpu"), windows[4:], windows[:4], kept, 1.0, 0, folder)
+    said = train(replace(begun, cache=str(folder)))
+    heard = train(work(teacher, student, live, tmp_path / "live"))
+    assert said.best == pytest.approx(heard.best, rel=0.02)
+    assert said.curve[0] == pytest.approx(heard.curve[0])
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def context(base: Checkpoint, step: Distill, store: Store) -> StepContext:
+    windows = spoken(base, step.calibrate.samples, step.length)
+    return StepContext("cpu", 0, windows, base, teacher=base, store=store, key="a" * 64)
+
+
+def test_a_drawn_student_is_a_checkpoint_of_fewer_layers(teacher: Checkpoint, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    step, store = settings(student={"layers": 2}), Store(tmp_path / "store")
+    files = tmp_path / "files"
+    files.mkdir()
+    record = distill.run(teacher, step, context(teacher, step, store), files)
+    model = AutoModelForCausalLM.from_pretrained(files)
+    assert model.config.num_hidden_layers == len(model.model.layers) == 2
+    assert record.kl_before < 1e-4  # the layers left out added nothing
+    assert record.steps == 6
+    assert record.tokens == 6 * 4 * 16
+    assert not list((store.root / "work").iterdir())
+    assert checkpoints.describe(files, "made").dtype == "float32"
+
+
+def test_variants_share_what_the_teacher_said(teacher: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    store, reused = Store(tmp_path / "store"), []
+    for rate in (0.01, 0.02):
+        step = settings(teacher={"cache": "top_k", "k": 4}, learning_rate=rate)
+        files = tmp_path / str(rate)
+        files.mkdir()
+        record = distill.run(student, step, context(teacher, step, store), files)
+        reused.append(record.cache_reused)
+        assert record.cache_bytes_per_token == 4 * 2 + 5 * 2
+    assert reused == [False, True]
+    assert len(list((store.root / "teacher").iterdir())) == 1
+
+
+def test_another_vocabulary_is_refused(teacher: Checkpoint, tmp_path: Path) -> None:
+    other = checkpoint(tmp_path / "other", layers=2, vocab_size=VOCABULARY + 1)
+    step, store = settings(), Store(tmp_path / "store")
+    with pytest.raises(StageError, match="25 tokens, the teacher 24"):
+        distill.run(other, step, context(teacher, step, store), tmp_path)
+
+
+def test_a_training_that_failed_at_once_is_an_error(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = training.Pupil.forward
+    monkeypatch.setattr(training.Pupil, "forward", lambda self, *inputs: forward(self, *inputs) * math.nan)
+    step, store = settings(), Store(tmp_path / "store")
+    with pytest.raises(StageError, match="a loss of nan at step 1"):
+        distill.run(student, step, context(teacher, step, store), tmp_path)
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_layers_are_drawn_evenly_with_both_ends() -> None:
+    assert copied_layers(30, 4) == [0, 10, 19, 29]
+    assert copied_layers(5, 2) == [0, 4]
+    with pytest.raises(ValueError, match="no smaller"):
+        copied_layers(4, 4)
+
+
+def test_what_a_config_says_of_each_layer_is_drawn_with_it() -> None:
+    config = {"num_hidden_layers": 4, "layer_types": ["a", "b", "c", "d"], "max_window_layers": 2, "other": [1]}
+    drawn = student_config(config, settings(student={"layers": 3}))
+    assert drawn == {"num_hidden_layers": 3, "layer_types": ["a", "c", "d"], "max_window_layers": 1, "other": [1]}
+    assert config["num_hidden_layers"] == 4
+    nested = student_config({"text_config": {"num_hidden_layers": 4}}, settings(student={"layers": 2}))
+    assert nested == {"text_config": {"num_hidden_layers": 2}}
+    assert student_config(config, settings()) == config
+
+
+def test_budgets_and_contradictions() -> None:
+    assert Distill(text="x").limits == {"steps": 100}
+    assert Distill(text="x", tokens=5000, batch=2, accumulate=3, length=100).most_steps == 9
+    assert Distill(text="x", steps=3, batch=2, accumulate=3, held_out=5).calibrate.samples == 5 + 18
+    sampled = {"cache": "sampled"}
+    for wrong, words in [
+        ({"beta": 0.3}, "needs loss: jsd"),
+        ({"ce": 1.0, "temperature": 2.0}, "nothing is asked"),
+        ({"teacher": sampled, "loss": "jsd"}, "forward KL alone"),
+        ({"teacher": sampled, "hidden": 1.0}, "no hidden states"),
+        ({"processes": 3}, "evenly"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Distill(text="x", **wrong)
+
+
+def test_a_course_reads_as_it_was_written() -> None:
+    import json
+    from dataclasses import asdict
+
+    course = Lessons(steps=3, curve=[(0, 1.5), (3, 0.5)], losses=[(3, 0.75)], since=[0.5], kept=3)
+    assert Lessons.load(json.loads(json.dumps(asdict(course)))) == course
+
+
+def test_answers_alone_are_learnt(teacher: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    """What a token's logits learn hangs on whether the next one is an answer's."""
+    step = settings(steps=1, accumulate=2, check_every=1)
+    begun = work(teacher, student, step, tmp_path)
+    answers = np.zeros(np.load(begun.windows).shape, dtype=bool)
+    answers[:, 5:8] = True
+    np.save(tmp_path / "answers.npy", answers)
+    course = train(replace(begun, answers=str(tmp_path / "answers.npy")))
+    models = [decoder.load(each, "cpu") for each in (teacher, student)]
+    windows = torch.from_numpy(np.load(begun.windows))[:, :]
+    p, q = (torch.log_softmax(model(windows).logits, -1)[:, 4:7] for model in models)
+    divergence = (p.exp() * (p - q)).sum(-1)
+    assert course.curve[0][1] == pytest.approx(divergence[:4].mean().item(), rel=1e-4)
+    assert course.losses[0][1] == pytest.approx(divergence[4:].mean().item(), rel=5e-3)  # products in bfloat16
+
+
+def test_a_teacher_writes_in_its_own_language_from_where_the_text_began(teacher: Checkpoint, tmp_path: Path) -> None:
+    windows = torch.from_numpy(spoken(teacher, 2 * generation.SHARD + 1, 48))
+    settings_, model = Generate(prompt=8), decoder.load(teacher, "cpu")
+    generation.write(model, windows, settings_, 0, tmp_path)
+    written = torch.from_numpy(generation.read(tmp_path))
+    assert written.shape == windows.shape
+    assert torch.equal(written[:, :8], windows[:, :8])
+    assert not torch.equal(written[:, 8:], windows[:, 8:])
+    said = table(teacher)
+    surprise = -said[written[:, 7:-1], written[:, 8:]]
+    entropy = -(said.exp() * said).sum(-1)[written[:, 7:-1]]
+    error = surprise.std().item() / surprise.numel() ** 0.5
+    assert surprise.mean().item() == pytest.approx(entropy.mean().item(), abs=4 * error)
+    again = (tmp_path / "shard-000001.npy").read_bytes()
+    (tmp_path / "shard-000001.npy").unlink()
+    generation.write(model, windows, settings_, 0, tmp_path)
+    assert (tmp_path / "shard-000001.npy").read_bytes() == again
+
+
+def test_a_student_learns_from_what_its_teacher_wrote(teacher: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    step, store = settings(generate={"prompt": 4}, teacher={"cache": "top_k", "k": 6}), Store(tmp_path / "store")
+    (tmp_path / "files").mkdir()
+    record = distill.run(student, step, context(teacher, step, store), tmp_path / "files")
+    assert record.kl_after < record.kl_before
+    assert {stage for stage, *_ in store.results()} == {"generated", "teacher"}
+
+
+def test_a_drawn_student_comes_first() -> None:
+    drawn = settings(student={"layers": 2})
+    assert check_order([drawn, settings()])
+    with pytest.raises(ValueError, match="step 2 of 2, distill, draws its student from the base"):
+        check_order([settings(), drawn])
+    with pytest.raises(ValueError, match="step 2 of 2, distill, changes floating-point weights"):
+        check_order([Quantize(scheme="w8a16"), settings()])
