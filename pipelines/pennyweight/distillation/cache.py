@@ -1,4 +1,4 @@
-"""What a teacher says to each token of a text, computed once: its most probable tokens, or draws from it.
+"""What a teacher says to each token of a text, computed once: its most probable tokens, and draws from the others.
 
 A cache is a folder of shards of some windows each. A shard is complete once it is there, so a killed run goes on after
 the last one.
@@ -64,13 +64,15 @@ class Cached:
         rows = np.stack([self._shards[index // SHARD][index % SHARD] for index in indices])
         words = torch.from_numpy(rows.view(np.uint8)).to(self._device).flatten(0, 1)
         words = select(words, chosen)
-        k, wide = self._settings.k, np.dtype(rows.dtype).itemsize
-        if self._settings.cache == "sampled":
-            ids = _numbers(words, wide)
-            return Sampled(ids, torch.full(ids.shape, 1 / k, device=self._device))
+        settings, wide = self._settings, np.dtype(rows.dtype).itemsize
+        k, exact = settings.k, settings.exact
         ids = _numbers(words[:, : k * wide].contiguous(), wide)
-        held = words[:, k * wide :].contiguous().view(torch.float16)[:, : k + 1].float()
-        return TopK(ids, torch.log_softmax(held, -1))  # float16 has rounded the sum away from 1
+        held = words[:, k * wide :].contiguous().view(torch.float16)[:, : exact + 1].float()
+        said = torch.log_softmax(held, -1)  # float16 has rounded the sum away from 1
+        if settings.cache == "top_k":
+            return TopK(ids, said)
+        probable = said.exp()
+        return Sampled(ids, torch.cat([probable[:, :-1], probable[:, -1:].expand(-1, k - exact) / (k - exact)], -1))
 
 
 def _numbers(words: torch.Tensor, wide: int) -> torch.Tensor:
@@ -88,28 +90,26 @@ def _say(
     rows = []
     for span in spans(len(states), len(head)):
         said = torch.log_softmax((states[span] @ head.T).float() / temperature, -1)
-        rows.append(
-            _drawn(said, settings.k, generator, number)
-            if settings.cache == "sampled"
-            else _most_probable(said, settings.k, number)
-        )
+        rows.append(_row(said, settings, generator, number))
     return np.concatenate(rows).reshape(*ids.shape, -1)
 
 
-def _drawn(said: torch.Tensor, k: int, generator: torch.Generator, number: Any) -> np.ndarray:
-    sums = said.exp().cumsum(-1)
-    places = torch.rand(len(said), k, generator=generator, device=said.device) * sums[:, -1:]
-    return torch.searchsorted(sums, places).clamp_(max=said.shape[1] - 1).cpu().numpy().astype(number)
-
-
-def _most_probable(said: torch.Tensor, k: int, number: Any) -> np.ndarray:
-    values, ids = said.topk(k)
-    rest = said.exp().scatter_(-1, ids, 0.0).sum(-1, keepdim=True).log()
-    held = torch.cat([values, rest], -1).clamp_(min=LEAST).cpu().numpy().astype(np.float16)
+def _row(said: torch.Tensor, settings: TeacherCache, generator: torch.Generator, number: Any) -> np.ndarray:
+    """Of log-probabilities (positions, vocabulary): the most probable tokens, the draws from the others, and the
+    log-probabilities of the former and of all others together."""
+    values, ids = said.topk(settings.exact)
+    others = said.exp().scatter_(-1, ids, 0.0)
+    rest = others.sum(-1, keepdim=True)
+    if draws := settings.k - settings.exact:
+        sums = others.cumsum(-1)
+        places = torch.rand(len(said), draws, generator=generator, device=said.device) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, places, right=True).clamp_(max=said.shape[1] - 1)
+        ids = torch.cat([ids, drawn], -1)
+    held = torch.cat([values, rest.log()], -1).clamp_(min=LEAST).cpu().numpy().astype(np.float16)
     named = ids.cpu().numpy().astype(number)
     words = math.ceil(held.nbytes / len(held) / named.itemsize)
     padded = np.zeros((len(held), words * named.itemsize // 2), np.float16)
-    padded[:, : k + 1] = held
+    padded[:, : held.shape[1]] = held
     return np.concatenate([named, padded.view(number)], -1)
 
 

@@ -370,16 +370,20 @@ class TeacherCache(Section):
     """What the teacher says to each token, computed once and kept."""
 
     cache: Literal["top_k", "sampled"]
-    """top_k: its k most probable tokens, and all others as one class. sampled: k draws from its probabilities
-    (Anshumann et al., 2025), whose loss is right on average."""
-    k: int = Field(32, ge=1, le=1024)
+    """top_k: its k most probable tokens, and all others as one class. sampled: its k / 2 most probable tokens, and as
+    many draws from the others, whose loss is right on average (after Anshumann et al., 2025)."""
+    k: int = Field(64, ge=2, le=1024)
+
+    @property
+    def exact(self) -> int:
+        """Tokens whose own probability is kept."""
+        return self.k if self.cache == "top_k" else self.k // 2
 
     def bytes_per_token(self, vocabulary: int) -> int:
-        """Of the cache: each token's number takes 2 bytes up to a vocabulary of 65,536, else 4. With top_k its
-        log-probability and that of the rest take 2 each, padded to whole numbers."""
+        """Of the cache: each token's number takes 2 bytes up to a vocabulary of 65,536, else 4. The log-probabilities
+        of the most probable and that of all others take 2 each, padded to whole numbers."""
         number = 2 if vocabulary <= 2**16 else 4
-        values = number * -(-2 * (self.k + 1) // number) if self.cache == "top_k" else 0
-        return self.k * number + values
+        return self.k * number + number * -(-2 * (self.exact + 1) // number)
 
 
 class Generate(Section):
