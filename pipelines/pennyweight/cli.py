@@ -14,6 +14,7 @@ from pennyweight.commands.common import Commands, friendly, json_option, print_j
 from pennyweight.commands.lifecycle import history, promote, rollback
 from pennyweight.commands.load import bench, cost, list_prices
 from pennyweight.commands.models import models
+from pennyweight.commands.prune import prune_scan
 from pennyweight.commands.serve import serve
 from pennyweight.commands.store import store
 from pennyweight.errors import PennyweightError, UsageError, did_you_mean
@@ -272,6 +273,7 @@ def ui(port: int) -> int:
 main.add_command(serve)
 main.add_command(store)
 main.add_command(models)
+main.add_command(prune_scan)
 main.add_command(bench)
 main.add_command(cost)
 main.add_command(list_prices)

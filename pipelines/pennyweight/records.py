@@ -60,6 +60,28 @@ class Healing(Record):
     seconds: float
 
 
+class Pruning(Record):
+    """What `prune` took out of a checkpoint. Pairs are (before, after); KL is from the checkpoint before, in nats per
+    token, on text that nothing was chosen by."""
+
+    removed: list[int] = Field(description="blocks taken out, by their numbers before")
+    layers: tuple[int, int]
+    measure: Literal["kl", "influence", "named"] | None = Field(description="what chose the blocks; None: none went")
+    channels: tuple[int, int] | None = Field(None, description="of each feed-forward net; None: all stayed")
+    kv_groups: tuple[int, int] | None = Field(None, description="key/value heads of each block; None: all stayed")
+    refitted: int = Field(description="blocks whose weights were fitted to the whole model")
+    kl_cut: float | None = Field(description="without those blocks, before anything was narrowed or fitted")
+    kl_influence: float | None = Field(description="the same, had the blocks of least influence gone")
+    kl: float | None = Field(description="of the checkpoint as it was written")
+    curve: list[tuple[int, float]] = Field(description="(blocks taken out, KL before any fit)")
+    parameters: tuple[int, int]
+    weight_bytes: tuple[int, int]
+    reload_difference: float = Field(
+        description="largest |Δ log p| in nats between what was made and what a fresh process loads"
+    )
+    seconds: float
+
+
 class Distillation(Record):
     """What `distill` did to a checkpoint."""
 
@@ -90,6 +112,7 @@ class Checkpoint(Record):
     dtype: str = Field(description="dtype of what is not quantized, such as `bfloat16`")
     parameters: int
     origin: str = Field(description="the URI it came from, or the steps that made it from the base")
+    pruning: Pruning | None = Field(None, description="of its last `prune` step")
     rounding: Rounding | None = Field(None, description="of its last `quantize` step")
     healing: Healing | None = Field(None, description="of its last `recover` step")
     distillation: Distillation | None = Field(None, description="of its last `distill` step")

@@ -758,3 +758,29 @@ def test_what_cannot_be_distilled(calm: Store) -> None:
     (path, message), *_ = found(length=100)
     assert path == "variants.a.0.distill.text"
     assert "windows of 100 tokens; the model knows 64 positions" in message
+
+
+# --- pruning ----------------------------------------------------------------------------------------------------------
+
+
+ANY_GATE = [{"metric": "kl_mean", "max": 1.0, "for_every_variant": True}]
+
+
+def test_a_pruned_variant_is_planned_before_anything_is_cut(calm: Store) -> None:
+    taken = {"layers": 1, "text": "news", "samples": 16, "length": 32}
+    made = make_plan(
+        recipe(
+            {"half": [{"prune": taken}], "narrow": [{"prune": taken | {"layers": None, "ffn": 0.5}}]}, gate=ANY_GATE
+        ),
+        calm,
+    )
+    assert made.weight_bytes("prune", "half") == 2 * (EMBEDDING + LAYER + 3 * 96)
+    assert made.weight_bytes("prune", "narrow") == 2 * (EMBEDDING + 2 * (LAYER - 3 * 80 * 96) + NORMS)
+    note = next(note for stage in made.stages for note in stage.notes if note.startswith("half: prune 1 layers by kl"))
+    assert "0.2 M → 0.1 M parameters" in note and "× on onnxruntime" in note
+    assert made.expected_seconds("prune", "half")
+
+
+def test_more_layers_than_there_are_is_a_problem_of_the_recipe(calm: Store) -> None:
+    made = make_plan(recipe({"none": [{"prune": {"layers": 2, "text": "news"}}]}, gate=ANY_GATE), calm)
+    assert ("variants.none.0.prune", "2 of 2 blocks leave none; take out 1 at most") in problems(made)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pennyweight.distillation.config import student_config
 from pennyweight.plan.sizes import ModelShape, model_shape
+from pennyweight.pruning.config import pruned_config
 from pennyweight.recipe import Recipe, Step
 from pennyweight.store import digest_of
 
@@ -20,6 +21,8 @@ def config_after(config: dict[str, Any], step: Step) -> dict[str, Any]:
     match step.kind:
         case "distill":
             return student_config(config, step)
+        case "prune":
+            return pruned_config(config, step)
         case "from" | "quantize" | "recover":
             return config
 

@@ -39,10 +39,11 @@ from pennyweight.plan.job import (
     task_tokens,
     wave_seconds,
 )
+from pennyweight.plan.pruning import estimate_prune
 from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, packed_bytes
-from pennyweight.recipe import Base, Distill, From, Quantize, Recover
+from pennyweight.recipe import Base, Distill, From, Prune, Quantize, Recover
 from pennyweight.speed import CEILING_SECONDS
 from pennyweight.store import RECORD, Store
 
@@ -124,6 +125,10 @@ def _steps(job: Job) -> Iterator[StageEstimate]:
                 continue
             if shape is None:
                 yield _unknown(step.kind, variant)
+            elif isinstance(step, Prune):
+                before, after = job.shape_of(variant, index), job.shape_of(variant, index + 1)
+                assert before and after
+                yield estimate_prune(job, before, after, variant, step)
             elif isinstance(step, Quantize):
                 yield estimate_quantize(job, shape, variant, step)
             elif isinstance(step, Distill):

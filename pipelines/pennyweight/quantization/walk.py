@@ -47,14 +47,14 @@ def walk(model: Any, windows: torch.Tensor, batch: int, visit: Callable[[Block],
     batches = list(windows.split(batch))
     if len(batches) > 1 and len(batches[-1]) != batch:
         batches.pop()  # masks and positions are shared by all batches, so all must have one shape
-    states, keywords = _at_the_first_block(model, blocks, batches)
+    states, keywords = at_the_first_block(model, blocks, batches)
     for index, module in enumerate(blocks):
         block = Block(f"{name}.{index}", module, states, keywords[index])
         visit(block)
         states = list(block.run())
 
 
-def _at_the_first_block(
+def at_the_first_block(
     model: Any, blocks: Any, batches: list[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
     """Hidden states that reach the first block, batch by batch, and what the model hands to each block beside them.

@@ -1,12 +1,12 @@
-"""How each variant was made: its steps, what was proved of its integers, and how far distilling and healing came."""
+"""How each variant was made: its steps, what was taken out, what was proved of it, and how it learnt and healed."""
 
 from __future__ import annotations
 
-from pennyweight.records import Checkpoint, Distillation, Healing, Rounding, RunRecord
+from pennyweight.records import Checkpoint, Distillation, Healing, Pruning, Rounding, RunRecord
 from pennyweight.report import text
 from pennyweight.report.markup import Html, el
 
-HEAD = ("variant", "steps", "integers", "off after reload", "learning: held-out KL", "time")
+HEAD = ("variant", "steps", "taken out", "integers", "off after reload", "learning: held-out KL", "time")
 
 
 def variants(record: RunRecord) -> dict[str, Checkpoint]:
@@ -15,7 +15,7 @@ def variants(record: RunRecord) -> dict[str, Checkpoint]:
     return {
         name: made
         for name, made in found.items()
-        if made.rounding or made.healing or made.distillation or record.start_of(name) != "base"
+        if made.pruning or made.distillation or made.rounding or made.healing or record.start_of(name) != "base"
     }
 
 
@@ -32,14 +32,37 @@ def _cells(made: Checkpoint, start: str) -> list[Html]:
     uri, *steps = made.origin.split(" → ")
     if start != "base":
         steps = [f"from {start}, {uri}", *steps]
-    seconds = sum(part.seconds for part in (made.distillation, made.rounding, made.healing) if part)
+    seconds = sum(part.seconds for part in (made.pruning, made.distillation, made.rounding, made.healing) if part)
+    proved = made.rounding or made.pruning
     return [
         el("td", [el("div", step) for step in steps], class_="text"),
+        el("td", _taken_out(made.pruning), class_="text"),
         el("td", _integers(made.rounding), class_="text"),
-        el("td", f"{made.rounding.reload_difference:.2g} nats" if made.rounding else text.MISSING, class_="text"),
+        el("td", f"{proved.reload_difference:.2g} nats" if proved else text.MISSING, class_="text"),
         el("td", [*_distillation(made.distillation), *_healing(made.healing)] or text.MISSING, class_="text"),
         el("td", text.duration(seconds)),
     ]
+
+
+def _taken_out(pruning: Pruning | None) -> list[Html] | str:
+    if pruning is None:
+        return text.MISSING
+    lines = []
+    if pruning.removed:
+        numbers = ", ".join(map(str, pruning.removed))
+        chosen = "" if pruning.measure == "named" else f" by {pruning.measure}"
+        lines.append(f"layers {numbers} of {pruning.layers[0]}{chosen}")
+    for name, pair in (("FFN channels", pruning.channels), ("KV heads", pruning.kv_groups)):
+        if pair:
+            lines.append(f"{name}: {pair[0]:,} → {pair[1]:,}")
+    lines.append(f"parameters: {pruning.parameters[0] / 1e6:,.1f} M → {pruning.parameters[1] / 1e6:,.1f} M")
+    lines.append(f"weights: {text.size(pruning.weight_bytes[0])} → {text.size(pruning.weight_bytes[1])}")
+    if pruning.kl is not None:
+        fit = f", {pruning.refitted} blocks refitted" if pruning.refitted else ""
+        lines.append(f"held-out KL {text.number(pruning.kl)}{fit}")
+    if pruning.kl_cut is not None and pruning.measure == "kl":
+        lines.append(f"before any fit {text.number(pruning.kl_cut)}; by influence {text.number(pruning.kl_influence)}")
+    return [el("div", line) for line in lines]
 
 
 def _integers(rounding: Rounding | None) -> list[Html] | str:

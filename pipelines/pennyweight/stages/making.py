@@ -112,7 +112,12 @@ def make_variant(run: Run, variant: str, steps: list[Step], bases: Bases, texts:
             with stage.library(), training_curves(run.recipe.name, training) as measure:
                 outcome = kind.run(before, step, replace(context, measure=measure), files)
             made = checkpoints.describe(files, origin=" → ".join([base.origin, *done]))
-            past = {"rounding": before.rounding, "healing": before.healing, "distillation": before.distillation}
+            past = {
+                "pruning": before.pruning,
+                "distillation": before.distillation,
+                "rounding": before.rounding,
+                "healing": before.healing,
+            }
             return made.model_copy(update=past | {kind.record: outcome}).model_dump(mode="json")
 
         with run.stage(step.kind, variant) as stage:

@@ -9,8 +9,8 @@ from typing import Any
 
 from pennyweight import installed
 from pennyweight import recipe as schema
-from pennyweight.records import Checkpoint, Distillation, Healing, Rounding
-from pennyweight.steps import distill, quantize, recover
+from pennyweight.records import Checkpoint, Distillation, Healing, Pruning, Rounding
+from pennyweight.steps import distill, prune, quantize, recover
 from pennyweight.store import Store
 
 
@@ -45,7 +45,7 @@ class StepKind:
     version: int
     """Raised whenever the same settings would give other weights."""
     libraries: tuple[str, ...]
-    run: Callable[[Checkpoint, Any, StepContext, Path], Rounding | Healing | Distillation]
+    run: Callable[[Checkpoint, Any, StepContext, Path], Pruning | Distillation | Rounding | Healing]
     """(checkpoint, settings, context, folder to write the new checkpoint to)"""
     record: str
     """Where in the checkpoint's record its report goes."""
@@ -55,6 +55,7 @@ class StepKind:
 
 
 STEPS: dict[str, StepKind] = {
+    "prune": StepKind(version=1, libraries=("transformers", "torch"), run=prune.run, record="pruning"),
     "quantize": StepKind(
         version=2,
         libraries=("compressed-tensors", "transformers", "torch"),

@@ -1,0 +1,121 @@
+"""What pruning makes of a model's config. Pure: it knows shapes, and no weights."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from typing import Any
+
+from pennyweight.recipe import Prune
+
+#: Channels go by so many where the model has a multiple of it, so that groups of quantized weights still fit; by fewer
+#: powers of two where that would be more than an eighth of them.
+CHANNELS_TOGETHER = 128
+#: Windows that a search measures on, at most.
+SEARCHED = 32
+#: Choices that are carried on from one removal to the next.
+BEAM = 2
+#: Of the trials in a race one in so many goes on to twice the text.
+SURVIVORS = 3
+#: Tokens that go through the blocks together, about.
+BATCH_TOKENS = 512
+
+
+def pruned_config(config: dict[str, Any], step: Prune) -> dict[str, Any]:
+    """The config of a model after `step`. Which blocks a search will take is not known yet; evenly spread ones stand
+    for them. Raises ValueError, with a message for the recipe's author, where the model has not as much to take out."""
+    count = layer_count(config)
+    return cut_config(config, step.drop or spread(count, step.removed_layers), step.ffn, step.kv_groups)
+
+
+def cut_config(
+    config: dict[str, Any], removed: list[int], ffn: float | None = None, kv_groups: int | None = None
+) -> dict[str, Any]:
+    """The config without the blocks `removed`, a fraction `ffn` of the channels and `kv_groups` of the KV heads.
+
+    Raises ValueError where that is more than there is, or makes a shape that the architecture does not allow.
+    """
+    cut = deepcopy(config)
+    section = cut["text_config"] if isinstance(cut.get("text_config"), dict) else cut
+    parsed = text_model(config)
+    section |= _without_layers(parsed, removed) if removed else {}
+    if ffn is not None:
+        section["intermediate_size"] = kept_channels(_whole(parsed, "intermediate_size"), ffn)
+    if kv_groups is not None:
+        section |= _without_groups(parsed, kv_groups)
+    _check(cut)
+    return cut
+
+
+def layer_count(config: dict[str, Any]) -> int:
+    return _whole(text_model(config), "num_hidden_layers")
+
+
+def spread(count: int, removed: int) -> list[int]:
+    """`removed` of `count` numbers, evenly spread; all of them where more are asked for."""
+    return [int((index + 0.5) * count / removed) for index in range(removed)] if removed < count else list(range(count))
+
+
+def kept_channels(channels: int, fraction: float) -> int:
+    """How many of `channels` stay when about `fraction` of them go. Raises ValueError where none would go or stay."""
+    together = min(math.gcd(channels, CHANNELS_TOGETHER), max(1, 2 ** int(math.log2(channels / 8))))
+    kept = together * round(channels * (1 - fraction) / together)
+    if kept in (0, channels):
+        raise ValueError(
+            f"ffn: {fraction:g} of {channels} channels, taken {together} at a time, leaves {kept}; "
+            f"take from {together / channels:.3g} to {1 - together / channels:.3g}"
+        )
+    return kept
+
+
+def _without_layers(parsed: Any, removed: list[int]) -> dict[str, Any]:
+    count = _whole(parsed, "num_hidden_layers")
+    if wrong := [block for block in removed if not 0 <= block < count]:
+        raise ValueError(f"the model has blocks 0 to {count - 1}, and none of number {wrong[0]}")
+    if len(removed) >= count:
+        raise ValueError(f"{len(removed)} of {count} blocks leave none; take out {count - 1} at most")
+    kept = [block for block in range(count) if block not in removed]
+    changed: dict[str, Any] = {parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
+    for key, value in parsed.to_dict().items():
+        if not isinstance(value, list) or "layer" not in key or not value:
+            continue
+        if len(value) != count:
+            raise ValueError(f"`{key}` names {len(value)} things for {count} blocks, so it cannot be cut with them")
+        changed[key] = [value[block] for block in kept]
+    return changed
+
+
+def _without_groups(parsed: Any, removed: int) -> dict[str, Any]:
+    heads, groups = _whole(parsed, "num_attention_heads"), _whole(parsed, "num_key_value_heads")
+    if removed >= groups:
+        raise ValueError(f"kv_groups: {removed} of {groups} key/value heads leave none; take out {groups - 1} at most")
+    kept = groups - removed
+    return {
+        "num_key_value_heads": kept,
+        "num_attention_heads": heads // groups * kept,
+        "head_dim": getattr(parsed, "head_dim", None) or parsed.hidden_size // heads,
+    }
+
+
+def _check(cut: dict[str, Any]) -> None:
+    """Raise ValueError where transformers refuses the config."""
+    try:
+        text_model(cut)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"the architecture has no such shape: {reason}") from error
+
+
+def text_model(config: dict[str, Any]) -> Any:
+    """The text model's config, with all that its architecture derives."""
+    from transformers import AutoConfig
+
+    body = {key: value for key, value in config.items() if key != "quantization_config"}
+    return AutoConfig.for_model(**body).get_text_config()
+
+
+def _whole(parsed: Any, key: str) -> int:
+    value = getattr(parsed, key, None)
+    if not isinstance(value, int):
+        raise ValueError(f"the config states no single `{key}`, so it cannot be pruned by it")
+    return value
