@@ -15,6 +15,7 @@ from pennyweight.load import models
 from pennyweight.load.command import named_tokenizer
 from pennyweight.load.engine import Engine
 from pennyweight.load.models import Demand
+from pennyweight.memory import release_memory
 from pennyweight.runtimes import Occupancy
 from pennyweight.runtimes.thread import Job, SessionThread
 from pennyweight.serving.check import check
@@ -61,6 +62,7 @@ def load(target: str, settings: Settings, store: Store, say: Say, version: str |
         if confirmed := check(engine.candidate, engine.session):
             say(f"it says what the gate judged: {confirmed}")
         ends = frozenset(engine.session.ends())
+        release_memory()  # what exporting and checking took
         return Loaded(engine, Tokenizer(tokenizer), ends, stack.pop_all(), version)
 
 
@@ -114,7 +116,11 @@ class ServedModel:
     async def close(self) -> None:
         """Give up what is in flight, and give the memory back."""
         await self._thread.close()
-        await asyncio.to_thread(self.loaded.stack.close)
+        await asyncio.to_thread(self._unload)
+
+    def _unload(self) -> None:
+        self.loaded.stack.close()
+        release_memory()
 
 
 def _gather(ended: int, running: int, arrived: Callable[[], int]) -> None:
