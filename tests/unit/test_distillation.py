@@ -386,3 +386,11 @@ def test_a_drawn_student_comes_first() -> None:
         check_order([settings(), drawn])
     with pytest.raises(ValueError, match="step 2 of 2, distill, changes floating-point weights"):
         check_order([Quantize(scheme="w8a16"), settings()])
+
+
+def test_the_windows_drawn_last_are_held_out() -> None:
+    drawn = np.arange(6)[:, None].repeat(16, 1)
+    context = StepContext("cpu", 0, calibration=drawn, answers=drawn > 2)
+    found = distill._held_out_first(Distill(text="x", steps=1, batch=4, length=16, held_out=2), context)
+    assert found.calibration[:, 0].tolist() == [4, 5, 0, 1, 2, 3]
+    assert found.answers[:, 0].tolist() == [True, True, False, False, False, True]

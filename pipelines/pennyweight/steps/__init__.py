@@ -71,7 +71,7 @@ STEPS: dict[str, StepKind] = {
         needs_rounded=True,
     ),
     "distill": StepKind(
-        version=1,
+        version=2,
         libraries=distill.LIBRARIES,
         run=distill.run,
         record="distillation",

@@ -37,6 +37,7 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
     if context.calibration is None or context.teacher is None or context.store is None:
         raise StageError("distill needs text, a teacher and a store")
     begin = time.monotonic()
+    context = _held_out_first(step, context)
     _check_vocabularies(checkpoint, context.teacher)
     with (
         out_of_memory_of("distill", "lower `batch` or `length`, and raise `accumulate`"),
@@ -65,6 +66,18 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
             training_seconds=course.seconds,
             seconds=time.monotonic() - begin,
         )
+
+
+def _held_out_first(step: Distill, context: StepContext) -> StepContext:
+    """The context with the windows drawn last before the others: they are held out. Steps before this one that drew
+    fewer of the same text were fitted to the first, which would flatter the student as it begins."""
+    import numpy as np
+
+    rolled = {
+        name: None if windows is None else np.roll(windows, step.held_out, axis=0)
+        for name, windows in (("calibration", context.calibration), ("answers", context.answers))
+    }
+    return replace(context, **rolled)
 
 
 def _train(
