@@ -142,7 +142,7 @@ async def load(soak: Soak, concurrency: int, promotions: list[list[str]], proces
             phases.append(Phase(*served))
         await asyncio.gather(*users)
     watching.cancel()
-    return phases
+    return [phase for phase in phases if phase.resident]  # the last promotion may come after the last request
 
 
 async def watch(process: psutil.Process, phases: list[Phase]) -> None:
