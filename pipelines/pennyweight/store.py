@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,10 +16,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pennyweight.errors import StoreError
-from pennyweight.uses import Uses
+from pennyweight.uses import Uses, take_lock
 
 RECORD = "record.json"
 #: Where results are built before they are moved into place.
@@ -140,7 +139,7 @@ class Store:
         folder = self.root / WORK / f"{stage}-{key[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("a") as lock:
-            if not _locks(lock):
+            if not take_lock(lock):
                 private = self.root / TEMPORARY / f"{stage}-{key[:16]}-work-{os.getpid()}"
                 private.mkdir(parents=True)
                 try:
@@ -181,18 +180,7 @@ class Store:
 def is_at_work(workspace: Path) -> bool:
     """Whether a living process is in a workspace."""
     with (workspace / "lock").open("a") as stream:
-        return not _locks(stream)
-
-
-def _locks(stream: IO[str]) -> bool:
-    """Take a file's lock, which the system releases however the process ends. Not every file system has locks."""
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+        return not take_lock(stream)
 
 
 def folder_bytes(folder: Path) -> int:

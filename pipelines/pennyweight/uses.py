@@ -143,13 +143,19 @@ def _read(path: Path) -> list[dict[str, str | int]]:
 def _held(path: Path) -> bool:
     """Whether a living process holds its lock on the file."""
     with path.open() as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-    return False
+        return not take_lock(stream)
+
+
+def take_lock(stream: IO[str]) -> bool:
+    """Take a file's lock, which the system releases however the process ends. False: another process has it. Not every
+    file system has locks; then it counts as taken."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 @contextmanager

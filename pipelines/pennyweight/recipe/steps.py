@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -257,7 +258,7 @@ class Quantize(Section):
         return f"quantize {scheme} {self.method}{grid}{head}{embedding}{cache}{maker}"
 
 
-class _Budgeted:
+class _Budgeted(ABC):
     """A training that a budget of its fields `steps`, `tokens` and `minutes` ends."""
 
     @property
@@ -267,9 +268,9 @@ class _Budgeted:
         return {name: value for name, value in given.items() if value is not None}
 
     @property
+    @abstractmethod
     def step_tokens(self) -> int:
         """Tokens that one step of the optimizer learns on."""
-        raise NotImplementedError
 
     @property
     def most_steps(self) -> int | None:
