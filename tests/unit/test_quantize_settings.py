@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from pennyweight.recipe import ACTIVATIONS, CALIBRATED, PER_CHANNEL, Quantize
-from pennyweight.recipe.steps import CAPABILITIES
+from pennyweight.recipe.quantizing import CAPABILITIES
 
 TEXT = {"calibrate": {"source": "text"}}
 MADE = [

@@ -4,27 +4,14 @@ The command line's help, the docs and `recipes/schema.json` come from these sett
 recipe, the shipped suites, tasks, data pins and prices, and the prices in `PENNYWEIGHT_PRICES`, and nothing else.
 """
 
+from pennyweight.recipe.calibration import Calibration
+from pennyweight.recipe.learning import Distill, DrawnStudent, Generate, Recover, TeacherCache
 from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
 from pennyweight.recipe.prices import ApiPrice, Ceilings, Owned, Prices, PriceSpec, load_prices
+from pennyweight.recipe.pruning import Prune
+from pennyweight.recipe.quantizing import ACTIVATIONS, CALIBRATED, PER_CHANNEL, Budget, Quantize, scheme_bits
 from pennyweight.recipe.schema import WORKLOADS, Base, Benchmark, DataSource, LeverName, Recipe, RuntimeName, Slo
-from pennyweight.recipe.steps import (
-    ACTIVATIONS,
-    CALIBRATED,
-    PER_CHANNEL,
-    STEPS,
-    Budget,
-    Calibration,
-    Distill,
-    DrawnStudent,
-    From,
-    Generate,
-    Prune,
-    Quantize,
-    Recover,
-    Step,
-    TeacherCache,
-    scheme_bits,
-)
+from pennyweight.recipe.steps import STEPS, From, Step
 
 __all__ = [
     "ACTIVATIONS",

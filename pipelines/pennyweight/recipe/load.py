@@ -9,8 +9,8 @@ from typing import Any
 
 from pennyweight import shipped
 from pennyweight.errors import Problem, RecipeError, did_you_mean
+from pennyweight.recipe.learning import Distill
 from pennyweight.recipe.schema import Base, DataSource, Recipe
-from pennyweight.recipe.steps import Distill
 from pennyweight.recipe.wording import validate
 from pennyweight.suite import DIVERGENCE_METRICS, Condition, SavingCondition, Suite
 from pennyweight.yamlfile import YamlFile, apply_overrides
