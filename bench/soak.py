@@ -136,6 +136,8 @@ async def load(soak: Soak, concurrency: int, promotions: list[list[str]], proces
         for number, promote in enumerate(promotions, 1):
             while soak.done < soak.requests * number // (len(promotions) + 1):
                 await asyncio.sleep(0.1)
+            if promote[-1] == phases[-1].version:
+                raise SystemExit(f"version {promote[-1]} is served already; promote another one first")
             await asyncio.to_thread(subprocess.run, promote, check=True)
             while (served := await _versions(soak.url)) == (phases[-1].version, phases[-1].fingerprint):
                 await asyncio.sleep(0.2)
