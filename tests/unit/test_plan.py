@@ -781,6 +781,16 @@ def test_a_pruned_variant_is_planned_before_anything_is_cut(calm: Store) -> None
     assert made.expected_seconds("prune", "half")
 
 
+def test_variants_that_begin_alike_share_the_work(calm: Store) -> None:
+    cut = {"prune": {"layers": 1, "text": "news", "samples": 16, "length": 32}}
+    taught = {"distill": {"text": "wiki", "steps": 2, "length": 32}}
+    made = make_plan(recipe({"a": [cut], "b": [cut, taught], "c": [cut, cut | {}]}, **LOOSE), calm)
+    steps = [(s.subject, s.stage, s.reused) for s in made.stages if s.stage in ("prune", "distill")]
+    assert steps[:3] == [("a", "prune", False), ("b", "prune", True), ("b", "distill", False)]
+    assert steps[3:] == [("c", "prune", True), ("c", "prune", False)]
+    assert made.expected_seconds("prune", "b") == 0
+
+
 def test_more_layers_than_there_are_is_a_problem_of_the_recipe(calm: Store) -> None:
     made = make_plan(recipe({"none": [{"prune": {"layers": 2, "text": "news"}}]}, gate=ANY_GATE), calm)
     assert ("variants.none.0.prune", "2 of 2 blocks leave none; take out 1 at most") in problems(made)

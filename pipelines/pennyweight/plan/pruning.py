@@ -54,14 +54,17 @@ def _race(trials: int, batches: int) -> int:
 
 
 def _fitting(job: Job, shape: ModelShape, step: Prune) -> float:
-    """Three passes of the text through every block, and the moments of the layer that is fitted, in float32."""
+    """Three passes of the text through every block that is fitted, and the moments of its last layer in float32; one
+    through those before the first that goes, about half of them."""
     if step.text is None or not (step.refit or step.ffn or step.kv_groups):
         return 0.0
     assert job.measured
     tokens = (step.samples - step.held_out) * step.length
     dtype = job.compute_dtype(shape, "transformers", False)
-    passes = score_seconds(job, shape, "transformers", dtype, 3 * tokens, BATCH_TOKENS)
-    moments = 2 * tokens * shape.intermediate * (shape.intermediate + shape.hidden) * shape.layers
+    narrows = bool(step.ffn or step.kv_groups)
+    passes = score_seconds(job, shape, "transformers", dtype, (3 if narrows else 2) * tokens, BATCH_TOKENS)
+    fitted = shape.layers if narrows else shape.layers // 2
+    moments = 2 * tokens * shape.intermediate * (shape.intermediate + shape.hidden) * fitted
     assert passes is not None
     return passes + (2 if step.ffn else 1) * moments / (rate(job, "float32") * 0.5)
 

@@ -28,7 +28,7 @@ class StageEstimate(Record):
     disk_bytes: int | None = Field(description="what the stage leaves on disk")
     download_bytes: int | None = Field(0, description="None where the source does not say before the download")
     weight_bytes: int | None = Field(None, description="bytes of the tensors that the stage writes; exact")
-    reused: bool = Field(False, description="the store has the result already")
+    reused: bool = Field(False, description="the store has the result already, or an earlier variant makes it")
     notes: list[str] = Field(default_factory=list)
 
 

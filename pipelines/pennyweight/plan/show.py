@@ -32,7 +32,7 @@ def _stage_notes(plan: Plan) -> list[str]:
 
 def _row(stage: StageEstimate) -> tuple[str, ...]:
     subject = stage.subject if len(stage.subject) <= 44 else f"{stage.subject[:43]}…"
-    took = "in store" if stage.reused else format_seconds(stage.seconds)
+    took = "reused" if stage.reused else format_seconds(stage.seconds)
     sizes = (stage.peak_memory_bytes, stage.disk_bytes, stage.download_bytes)
     weights = "" if stage.weight_bytes is None else f"{stage.weight_bytes:,}"
     return (stage.stage, subject, took, *map(format_bytes, sizes), weights)

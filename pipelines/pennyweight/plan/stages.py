@@ -43,7 +43,7 @@ from pennyweight.plan.pruning import estimate_prune
 from pennyweight.plan.quantizing import estimate_quantize, largest_layer
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, adapter_bytes, dense_bytes, packed_bytes
-from pennyweight.recipe import Base, Distill, From, Prune, Quantize, Recover
+from pennyweight.recipe import Base, Distill, From, Prune, Quantize, Recover, Step
 from pennyweight.speed import CEILING_SECONDS
 from pennyweight.store import RECORD, Store
 
@@ -118,24 +118,32 @@ def _data(job: Job) -> Iterator[StageEstimate]:
 
 
 def _steps(job: Job) -> Iterator[StageEstimate]:
+    """Variants that begin alike share what they have in common: the first of them makes it."""
+    made: list[tuple[str, list[Step]]] = []
     for variant, steps in job.recipe.variants.items():
-        shape = job.shape_of(variant)
         for index, step in enumerate(steps):
             if isinstance(step, From):
                 continue
-            if shape is None:
-                yield _unknown(step.kind, variant)
-            elif isinstance(step, Prune):
-                before, after = job.shape_of(variant, index), job.shape_of(variant, index + 1)
-                assert before and after
-                yield estimate_prune(job, before, after, variant, step)
-            elif isinstance(step, Quantize):
-                yield estimate_quantize(job, shape, variant, step)
-            elif isinstance(step, Distill):
-                made = job.shape_of(variant, index + 1)
-                yield estimate_distill(job, made, variant, step) if job.shape and made else _unknown(step.kind, variant)
-            else:
-                yield _recover(job, shape, variant, step)
+            estimate = _step(job, variant, index, step)
+            result = job.recipe.start_of(variant), [done for done in steps[: index + 1] if not isinstance(done, From)]
+            yield estimate.model_copy(update={"seconds": 0.0, "reused": True}) if result in made else estimate
+            made.append(result)
+
+
+def _step(job: Job, variant: str, index: int, step: Step) -> StageEstimate:
+    shape, made = job.shape_of(variant), job.shape_of(variant, index + 1)
+    if shape is None or made is None or (isinstance(step, Distill) and job.shape is None):
+        return _unknown(step.kind, variant)
+    if isinstance(step, Prune):
+        before = job.shape_of(variant, index)
+        assert before
+        return estimate_prune(job, before, made, variant, step)
+    if isinstance(step, Quantize):
+        return estimate_quantize(job, shape, variant, step)
+    if isinstance(step, Distill):
+        return estimate_distill(job, made, variant, step)
+    assert isinstance(step, Recover)
+    return _recover(job, shape, variant, step)
 
 
 def _recover(job: Job, shape: ModelShape, variant: str, step: Recover) -> StageEstimate:

@@ -37,16 +37,23 @@ def reduce(model: Any, cut: Cut, windows: torch.Tensor, report: Callable[[str, f
     for `drop_blocks`. Returns how many blocks were refitted.
 
     Two streams of hidden states go through the text: the whole model's, and that of what stays, which sees its own
-    errors. A block is fitted to the whole model's states at the next block that stays.
+    errors. A block is fitted to the whole model's states at the next block that stays; the first to be fitted is the one
+    before the first that goes.
     """
     name, blocks = decoder.blocks(model)
     batch = min(batch_of(windows), max(1, len(windows) // CHECKED))
     ids = [part for part in windows.split(batch) if len(part) == batch]
     states, keywords = at_the_first_block(model, blocks, ids)
     goal, reached, refitted = states, 0, 0
+    narrows = bool(cut.kept_groups or cut.kept_channels)
     kept = [index for index in range(len(blocks)) if index not in cut.removed]
     for number, index in enumerate(kept):
         following = kept[number + 1] if number + 1 < len(kept) else len(blocks)
+        if states is goal and following == index + 1 and not narrows:
+            # Nothing has gone yet: both streams are one, and there is no error to fit to.
+            states = goal = list(Block(name, blocks[index], goal, keywords[index]).run())
+            reached = following
+            continue
         for other in range(reached, following):
             goal = list(Block(name, blocks[other], goal, keywords[other]).run())
         reached = following
