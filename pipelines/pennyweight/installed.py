@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any, Literal
 
+from pennyweight.errors import StageError
+
 #: Wheels that overwrite each other's files: (for a CPU, for a GPU).
 RIVALS = (("onnxruntime", "onnxruntime-gpu"), ("onnxruntime-genai", "onnxruntime-genai-cuda"))
 
@@ -15,11 +17,12 @@ RUNTIME_PACKAGES = {
     "openvino": (("openvino-genai",),),
 }
 
-#: Backends of quantization that are not part of this package → (what each needs, the extra that has it).
+#: Backends of steps that are not part of this package → (what each needs, the extra that has it).
 BACKEND_PACKAGES = {
     "llm-compressor": ("llmcompressor", "llm-compressor"),
     "auto-round": ("auto-round", "auto-round"),
     "gptqmodel": ("gptqmodel", "gpu"),
+    "trl": ("trl", "trl"),
 }
 
 
@@ -29,6 +32,13 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def require(backend: str) -> None:
+    """Raise StageError where a backend of BACKEND_PACKAGES is not installed."""
+    package, extra = BACKEND_PACKAGES[backend]
+    if installed_version(package) is None:
+        raise StageError(f"{backend} is not installed", f"pip install 'pennyweight[{extra}]'")
 
 
 def extras() -> dict[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ LIBRARIES = (
     "accelerate", "auto-round", "compressed-tensors", "datasets", "gguf", "gptqmodel", "llmcompressor", "lm-eval",
     "mlflow", "numpy", "onnx-ir", "onnxruntime", "onnxruntime-genai", "onnxruntime-genai-cuda", "onnxruntime-gpu",
     "openvino", "openvino-genai",
-    "pennyweight", "safetensors", "tokenizers", "torch", "transformers",
+    "pennyweight", "safetensors", "tokenizers", "torch", "transformers", "trl",
 )  # fmt: skip
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")

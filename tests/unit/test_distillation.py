@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight import checkpoints
+from pennyweight import checkpoints, installed
 from pennyweight.distillation import cache, generation
 from pennyweight.distillation import train as training
 from pennyweight.distillation.config import copied_layers, student_config
@@ -394,3 +394,240 @@ def test_the_windows_drawn_last_are_held_out() -> None:
     found = distill._held_out_first(Distill(text="x", steps=1, batch=4, length=16, held_out=2), context)
     assert found.calibration[:, 0].tolist() == [4, 5, 0, 1, 2, 3]
     assert found.answers[:, 0].tolist() == [True, True, False, False, False, True]
+
+
+# --- on policy --------------------------------------------------------------------------------------------------------
+
+
+def writing(**changes: Any) -> Distill:
+    return settings(**{"on_policy": {"prompt": 4}, "batch": 8, **changes})
+
+
+@pytest.fixture
+def on_policy() -> Any:
+    pytest.importorskip("trl")
+    from pennyweight.distillation import on_policy
+
+    return on_policy
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A student that has a tokenizer, so that it knows how a text ends."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("writer")
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(folder)
+    return checkpoint(folder, layers=2, seed=1, eos_token_id=2)
+
+
+def heard(on_policy: Any, patch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """What is learnt on, batch by batch, as it comes."""
+    found: list[dict[str, torch.Tensor]] = []
+    learn = on_policy._Trainer.compute_loss
+
+    def spy(self: Any, model: Any, inputs: Any, **more: Any) -> torch.Tensor:
+        found.append(inputs)
+        return learn(self, model, inputs, **more)
+
+    patch.setattr(on_policy._Trainer, "compute_loss", spy)
+    return found
+
+
+def divergences(p: torch.Tensor, q: torch.Tensor, kind: str) -> torch.Tensor:
+    """From log-probabilities of the teacher and the student, (positions, vocabulary)."""
+    if kind == "jsd":
+        mixed = (0.3 * p.exp() + 0.7 * q.exp()).log()
+        return (0.3 * p.exp() * (p - mixed) + 0.7 * q.exp() * (q - mixed)).sum(-1)
+    return (p.exp() * (p - q)).sum(-1) if kind == "forward_kl" else (q.exp() * (q - p)).sum(-1)
+
+
+@pytest.mark.parametrize(("kind", "heat"), [("forward_kl", 1.0), ("reverse_kl", 2.0), ("jsd", 1.0)])
+def test_what_a_student_wrote_itself_is_judged_at_each_of_its_tokens(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_policy: Any,
+    kind: Any, heat: float,
+) -> None:  # fmt: skip
+    batches = heard(on_policy, monkeypatch)
+    how = {"beta": 0.3} if kind == "jsd" else {}
+    step = writing(steps=1, accumulate=2, batch=32, check_every=1, loss=kind, temperature=heat, **how)
+    begun = work(teacher, writer, step, tmp_path)
+    course = train(begun)
+    prompts, said, real = (
+        torch.cat([torch.nn.functional.pad(batch[name], (0, 12 - batch[name].shape[1])) for batch in batches])
+        for name in ("prompt_ids", "completion_ids", "completion_mask")
+    )
+    prompts = prompts[:, :4]
+    text = torch.from_numpy(np.load(begun.windows))[4:, :4]
+    assert sorted(prompts.tolist()) == sorted(text.tolist())
+    real = real.bool()
+    assert course.tokens == real.sum()
+    ended = real.sum(-1) < 12
+    assert ended.any()
+    assert (said[ended, real.sum(-1)[ended] - 1] == 2).all()
+    with torch.no_grad():
+        models = [decoder.load(each, "cpu") for each in (teacher, writer)]
+        logits = [model(torch.cat([prompts, said], 1)).logits[:, 3:-1][real] for model in models]
+    p, q = (torch.log_softmax(each, -1) for each in logits)
+    # It is the student's own: as surprising to it as it must be, and foreign to the teacher.
+    error = 4 * math.log(VOCABULARY) / real.sum().item() ** 0.5
+    surprise = [-each.gather(-1, said[real][:, None]).mean().item() for each in (p, q)]
+    entropy = [-(each.exp() * each).sum(-1).mean().item() for each in (p, q)]
+    assert surprise[1] == pytest.approx(entropy[1], abs=error)
+    assert surprise[0] > entropy[0] + error
+    expected = heat**2 * divergences(*(torch.log_softmax(each / heat, -1) for each in logits), kind).mean()
+    assert course.losses[0][1] == pytest.approx(expected.item(), rel=5e-3)  # products in bfloat16
+
+
+def test_a_student_that_writes_comes_close_to_its_teacher(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, on_policy: Any
+) -> None:
+    told: list[tuple[int, set[str]]] = []
+    step = writing(steps=60, batch=16, check_every=20, loss="reverse_kl")
+    course = train(work(teacher, writer, step, tmp_path), measure=lambda step, values: told.append((step, set(values))))
+    assert course.best < 0.2 * course.curve[0][1]
+    assert [at for at, _ in course.curve] == [0, 20, 40, 60]
+    assert told == [(0, {"held_out_kl"})] + [(at, {"held_out_kl", "training_loss"}) for at in (20, 40, 60)]
+    assert course.ended_by == "steps"
+    assert (tmp_path / f"best-{course.kept:08d}" / "model.safetensors").exists()
+
+
+def test_a_seed_decides_what_the_student_writes(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, on_policy: Any
+) -> None:
+    losses = []
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        begun = replace(work(teacher, writer, writing(steps=4), tmp_path / name), seed=seed)
+        torch.rand(seed)
+        losses.append(train(begun).losses)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_killed_student_goes_on_writing_as_if_nothing_had_been(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_policy: Any
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step = writing(steps=9, windows=12, accumulate=2, batch=4, check_every=2)
+    whole = train(work(teacher, writer, step, tmp_path / "whole"))
+    broken, told = work(teacher, writer, step, tmp_path / "broken"), []
+
+    class Killed(BaseException):
+        pass
+
+    def kill(detail: str, done: float) -> None:
+        told.append(done)
+        if len(told) == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(broken, kill)
+    again = train(broken, lambda detail, done: told.append(done))
+    assert len(told) == 5 + 5
+    assert (again.curve, again.losses, again.kept) == (whole.curve, whole.losses, whole.kept)
+    assert again.tokens == whole.tokens
+    files = [tmp_path / name / f"best-{whole.kept:08d}" / "model.safetensors" for name in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_writer_whose_loss_is_not_a_number_keeps_its_last_good_state(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_policy: Any
+) -> None:
+    losses, learn = iter([1.0, 1.0, 1.0, math.nan]), on_policy._Trainer.compute_loss
+    spoilt = lambda self, *inputs, **more: learn(self, *inputs, **more) * next(losses)  # noqa: E731
+    monkeypatch.setattr(on_policy._Trainer, "compute_loss", spoilt)
+    course = train(work(teacher, writer, writing(), tmp_path))
+    assert course.ended_by == "a loss of nan at step 4"
+    assert (course.steps, course.kept) == (3, 2)
+    weights = checkpoints.read_tensors(tmp_path / "best-00000002")
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_minutes_end_what_a_student_writes(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, on_policy: Any
+) -> None:
+    course = train(work(teacher, writer, writing(steps=None, minutes=0.001, windows=8), tmp_path))
+    assert course.ended_by == "minutes"
+    assert course.steps >= 1
+
+
+def test_a_step_leaves_what_the_student_became(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_policy: Any
+) -> None:
+    from trl.trainer import base_trainer
+
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setattr(base_trainer, "send_telemetry", lambda *said, **more: pytest.fail("TRL told somebody"))
+    step, store = writing(learning_rate=0.003), Store(tmp_path / "store")
+    (tmp_path / "files").mkdir()
+    record = distill.run(writer, step, context(teacher, step, store), tmp_path / "files")
+    assert record.kl_after < record.kl_before
+    assert record.steps == 6
+    assert 6 * 8 < record.tokens < 6 * 8 * 12
+    made = checkpoints.read_tensors(tmp_path / "files")
+    assert made.keys() == checkpoints.read_tensors(Path(writer.path)).keys()
+    assert (tmp_path / "files" / "config.json").read_text() == (Path(writer.path) / "config.json").read_text()
+    assert not list((store.root / "work").iterdir())
+
+
+def test_a_student_without_an_end_of_text_cannot_write(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, on_policy: Any
+) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "mute"
+    mute = checkpoint(folder, layers=2)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    with pytest.raises(StageError, match="no token that ends a text"):
+        train(work(teacher, mute, writing(), tmp_path / "work"))
+
+
+def test_a_student_goes_on_from_where_windows_or_answers_begin(on_policy: Any) -> None:
+    windows = np.arange(20).reshape(2, 10)
+    assert on_policy.prompts_of(windows, None, 3) == [[0, 1, 2], [10, 11, 12]]
+    answers = np.zeros((2, 10), dtype=bool)
+    answers[0, [0, 1, 5, 6, 8]] = True  # the first began before the window
+    answers[1, 2:] = True
+    assert on_policy.prompts_of(windows, answers, 3) == [[2, 3, 4], [5, 6, 7], [10, 11]]
+
+
+def test_a_student_answers_where_answers_are_learnt(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_policy: Any
+) -> None:
+    batches = heard(on_policy, monkeypatch)
+    begun = work(teacher, writer, writing(steps=1, answers=True), tmp_path)
+    answers = np.zeros(np.load(begun.windows).shape, dtype=bool)
+    np.save(tmp_path / "answers.npy", answers)
+    with pytest.raises(StageError, match="no answer begins in any window"):
+        train(replace(begun, answers=str(tmp_path / "answers.npy")))
+    answers[:, 7:] = True
+    np.save(tmp_path / "answers.npy", answers)
+    train(replace(begun, answers=str(tmp_path / "answers.npy")))
+    (batch,) = batches
+    assert sorted(batch["prompt_ids"].tolist()) == sorted(np.load(begun.windows)[4:, 3:7].tolist())
+
+
+def test_what_a_writing_student_cannot_have() -> None:
+    for wrong, words in [
+        ({"teacher": {"cache": "top_k"}}, "remove `teacher`"),
+        ({"generate": {"prompt": 4}}, "the student writes, not the teacher"),
+        ({"ce": 0.5}, "judged, not imitated"),
+        ({"hidden": 1.0}, "predictions alone"),
+        ({"tokens": 1000}, "how much the student will write"),
+        ({"processes": 2}, "one process"),
+        ({"length": 16, "on_policy": {"prompt": 16}}, "leaves nothing of windows of 16"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            Distill(**{"text": "x", "on_policy": {}, **wrong})
+    assert Distill(text="x", on_policy={}, answers=True, loss="jsd", beta=0.1, temperature=2.0).maker == "trl"
+
+
+def test_a_step_whose_trainer_is_missing_says_what_to_install(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(installed, "installed_version", lambda package: None)
+    step = writing()
+    with pytest.raises(StageError, match=r"trl is not installed[^|]*pennyweight\[trl\]"):
+        distill.run(student, step, context(teacher, step, Store(tmp_path / "store")), tmp_path)

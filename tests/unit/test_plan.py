@@ -760,6 +760,29 @@ def test_what_cannot_be_distilled(calm: Store) -> None:
     assert "windows of 100 tokens; the model knows 64 positions" in message
 
 
+def test_a_student_that_writes_takes_its_time(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "installed_version", lambda package: "1")
+    learns = {"text": "wiki", "steps": 10, "batch": 2, "accumulate": 3, "length": 32}
+    steps = {"reads": [{"distill": learns}], "writes": [{"distill": learns | {"on_policy": {"prompt": 8}}}]}
+    made = make_plan(recipe(steps, **LOOSE), calm)
+    assert not made.problems
+    reads, writes = (next(s for s in made.stages if (s.stage, s.subject) == ("distill", name)) for name in steps)
+    (note,) = [note for note in writes.notes if "the student writes" in note]
+    assert "6 texts of up to 24 tokens, about " in note
+    assert "on policy" in writes.notes[0]
+    assert writes.seconds > reads.seconds
+    assert not [note for note in reads.notes if "the student writes" in note]
+
+
+def test_a_student_cannot_write_without_its_trainer(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(installed, "installed_version", lambda package: None)
+    steps = {"a": [{"distill": {"text": "wiki", "length": 32, "on_policy": {"prompt": 8}}}]}
+    made = make_plan(recipe(steps, **LOOSE), calm)
+    assert problems(made) == [("variants.a.0.distill", "trl is not installed")]
+    assert (made.problems[0].kind, made.problems[0].hint) == ("machine", "pip install 'pennyweight[trl]'")
+    assert made.missing_extras == ["trl"]
+
+
 # --- pruning ----------------------------------------------------------------------------------------------------------
 
 

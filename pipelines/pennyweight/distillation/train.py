@@ -1,4 +1,5 @@
-"""The loop that distills: AdamW on all of a student's weights, on one device or several, resumed where it was killed.
+"""The training that distills: AdamW on all of a student's weights, on one device or several, resumed where it was
+killed.
 
 Weights learn in float32 and are computed with in bfloat16 where the machine has it. What one process learns in a batch,
 several learn of their shares of it together.
@@ -13,6 +14,7 @@ import math
 import os
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -59,6 +61,8 @@ class Work:
     """Folder of what the teacher says to the windows to learn on; None: it is asked."""
     answers: str | None = None
     """Which tokens are an answer's, bool (windows, tokens), a .npy file; given where those alone are learnt."""
+    seed: int = 0
+    """Of what is drawn as it trains."""
 
     def dump(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -80,6 +84,14 @@ class Lessons(Course):
     since: list[float] = field(default_factory=list)
     kept: int = 0
     """The step that the best state is of."""
+
+    def fail(self, loss: float) -> None:
+        """End at a step whose loss or gradient is not finite."""
+        self.ended_by = f"a loss of {loss} at step {self.steps + 1}"
+
+    def most_spent(self, budget: Distill) -> float:
+        """Fraction of the limit that is nearest."""
+        return max(self.spent(budget).values())
 
     @classmethod
     def load(cls, values: dict[str, Any]) -> Lessons:
@@ -125,15 +137,23 @@ def train(
     native = decoder.compute_dtype("bfloat16", work.device) == torch.bfloat16
     AcceleratorState._reset_state()  # of an earlier training in this process, with another precision
     accelerator = Accelerator(cpu=work.device == "cpu", mixed_precision="bf16" if native else "no")
-    trainer = Trainer(work, accelerator, torch.bfloat16 if native else torch.float32)
-    course = trainer.run(report, measure)
+    training = _way(work.settings)(work, accelerator, torch.bfloat16 if native else torch.float32)
+    course = training.run(report, measure)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return course
 
 
-class Trainer:
-    """One process's part of the training."""
+def _way(settings: Distill) -> type[Training]:
+    if settings.on_policy is None:
+        return Loop
+    from pennyweight.distillation.on_policy import OnPolicy  # needs TRL
+
+    return OnPolicy
+
+
+class Training(ABC):
+    """One process's part of a training: what is the same whatever the student learns from."""
 
     def __init__(self, work: Work, accelerator: Any, product: torch.dtype):
         from transformers import AutoModelForCausalLM
@@ -148,9 +168,14 @@ class Trainer:
         pupil = Pupil(student, Objective(s.loss, s.beta, s.temperature, s.ce), s.hidden, product)
         trained = list(student.parameters())
         optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self._pupil, self._optimizer = accelerator.prepare(pupil.to(accelerator.device), optimizer)
+        self._pupil, self._optimizer = pupil.to(accelerator.device), optimizer
         self._student, self._trained = student, trained
         self._teacher = self._teaching()
+        self._began = self._saved = 0.0
+
+    @abstractmethod
+    def run(self, report: Report, measure: Measure) -> Lessons:
+        """Train from the last saved state to the end of the budget."""
 
     def _positions(self) -> torch.Tensor | None:
         """The positions whose next token is an answer's, bool (windows, tokens); None where all are learnt."""
@@ -175,63 +200,39 @@ class Trainer:
         dtype = decoder.compute_dtype(self._work.teacher.dtype, self._work.device)
         return _CachedTeacher(cached, head_of(self._work.teacher).to(self._accelerator.device, dtype))
 
-    def run(self, report: Report, measure: Measure) -> Lessons:
-        course, settings = self._resume(), self._settings
+    def _begin(self, course: Lessons, measure: Measure) -> None:
         if not course.curve:
             self._look(course, measure)
-        begin, saved = time.monotonic() - course.seconds, course.seconds
-        spent = max(course.spent(settings).values())
-        while spent < 1 and not course.ended_by:
-            loss = self._step(course, schedule(spent, settings.warm_up))
-            if not math.isfinite(loss):
-                course.ended_by = f"a loss of {loss} at step {course.steps + 1}"
-                break
-            course.steps += 1
-            course.tokens += settings.step_tokens
-            course.since.append(loss)
-            course.seconds = self._agreed(time.monotonic() - begin)
-            limits = course.spent(settings)
-            spent = max(limits.values())
-            looks = course.steps % settings.check_every == 0 or spent >= 1
-            if looks:
-                self._look(course, measure)
-            report(f"loss {loss:.4f}, held-out KL {course.curve[-1][1]:.4f}", min(spent, 1.0))
-            if spent >= 1:
-                course.ended_by = max(limits, key=limits.__getitem__)
-            elif course.looks_in_vain >= settings.patience:
-                course.ended_by = "patience"
-            elif looks and course.seconds - saved >= SAVE_SECONDS:
-                self._save(course)
-                saved = course.seconds
-        return course
+        self._began, self._saved = time.monotonic() - course.seconds, course.seconds
 
-    def _step(self, course: Lessons, factor: float) -> float:
-        """The mean loss of one step of the optimizer, in nats per token; where it is not finite no weight moves."""
-        settings, accelerator = self._settings, self._accelerator
+    def _set_rate(self, course: Lessons) -> None:
+        factor = schedule(course.most_spent(self._settings), self._settings.warm_up)
         for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        share, first = settings.batch // accelerator.num_processes, course.steps * settings.accumulate
-        batches = [batch_of(first + part, len(self._text), settings.batch) for part in range(settings.accumulate)]
-        count = self._count([settings.held_out + window for batch in batches for window in batch])
-        total = torch.zeros((), device=accelerator.device)
-        for part, batch in enumerate(batches, 1):
-            mine = batch[accelerator.process_index * share :][:share]
-            chosen = self._chosen_of([settings.held_out + window for window in mine])
-            with contextlib.nullcontext() if part == len(batches) else accelerator.no_sync(self._pupil):
-                ids = self._text[mine]
-                target = self._teacher.target(ids, mine, chosen) if settings.ce < 1 else None
-                loss = self._pupil(ids, target, chosen) / count
-                # Gradients of several processes are averaged, and a loss is a sum over all of them.
-                accelerator.backward(loss * accelerator.num_processes)
-                total += loss.detach().float()
-        mean = accelerator.reduce(total, "sum").item()
-        norm = accelerator.clip_grad_norm_(self._trained, 1.0)
-        if math.isfinite(mean) and math.isfinite(norm):
-            self._optimizer.step()
-        elif math.isfinite(mean):
-            mean = math.nan
-        self._optimizer.zero_grad(set_to_none=True)
-        return mean
+            group["lr"] = self._settings.learning_rate * factor
+
+    def _count_step(self, course: Lessons, loss: float, tokens: int, report: Report, measure: Measure) -> bool:
+        """Note a step that was made, look where it is time to, and end where the budget or the patience has; whether
+        the state should be saved."""
+        settings = self._settings
+        course.steps += 1
+        course.tokens += tokens
+        course.since.append(loss)
+        course.seconds = self._agreed(time.monotonic() - self._began)
+        limits = course.spent(settings)
+        spent = max(limits.values())
+        looks = course.steps % settings.check_every == 0 or spent >= 1
+        if looks:
+            self._look(course, measure)
+        report(f"loss {loss:.4f}, held-out KL {course.curve[-1][1]:.4f}", min(spent, 1.0))
+        if spent >= 1:
+            course.ended_by = max(limits, key=limits.__getitem__)
+        elif course.looks_in_vain >= settings.patience:
+            course.ended_by = "patience"
+        due = looks and not course.ended_by and course.seconds - self._saved >= SAVE_SECONDS
+        if due:
+            _refuse_full_disk(self._workspace, 12 * sum(parameter.numel() for parameter in self._trained))
+            self._saved = course.seconds
+        return due
 
     def _look(self, course: Lessons, measure: Measure) -> None:
         """Measure the held-out KL, and keep the weights where it is the smallest yet."""
@@ -287,6 +288,58 @@ class Trainer:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
+    def _forget_worse(self, course: Lessons) -> None:
+        """Once a state is saved nobody goes back to a best one before it."""
+        for old in self._workspace.glob("best-*"):
+            if old.name != BEST.format(course.kept):
+                shutil.rmtree(old)
+
+
+class Loop(Training):
+    """It learns from windows of text, in a loop of its own that several processes can share."""
+
+    def __init__(self, work: Work, accelerator: Any, product: torch.dtype):
+        super().__init__(work, accelerator, product)
+        self._pupil, self._optimizer = accelerator.prepare(self._pupil, self._optimizer)
+
+    def run(self, report: Report, measure: Measure) -> Lessons:
+        course, settings = self._resume(), self._settings
+        self._begin(course, measure)
+        while course.most_spent(settings) < 1 and not course.ended_by:
+            loss = self._step(course)
+            if not math.isfinite(loss):
+                course.fail(loss)
+            elif self._count_step(course, loss, settings.step_tokens, report, measure):
+                self._save(course)
+        return course
+
+    def _step(self, course: Lessons) -> float:
+        """The mean loss of one step of the optimizer, in nats per token; where it is not finite no weight moves."""
+        settings, accelerator = self._settings, self._accelerator
+        self._set_rate(course)
+        share, first = settings.batch // accelerator.num_processes, course.steps * settings.accumulate
+        batches = [batch_of(first + part, len(self._text), settings.batch) for part in range(settings.accumulate)]
+        count = self._count([settings.held_out + window for batch in batches for window in batch])
+        total = torch.zeros((), device=accelerator.device)
+        for part, batch in enumerate(batches, 1):
+            mine = batch[accelerator.process_index * share :][:share]
+            chosen = self._chosen_of([settings.held_out + window for window in mine])
+            with contextlib.nullcontext() if part == len(batches) else accelerator.no_sync(self._pupil):
+                ids = self._text[mine]
+                target = self._teacher.target(ids, mine, chosen) if settings.ce < 1 else None
+                loss = self._pupil(ids, target, chosen) / count
+                # Gradients of several processes are averaged, and a loss is a sum over all of them.
+                accelerator.backward(loss * accelerator.num_processes)
+                total += loss.detach().float()
+        mean = accelerator.reduce(total, "sum").item()
+        norm = accelerator.clip_grad_norm_(self._trained, 1.0)
+        if math.isfinite(mean) and math.isfinite(norm):
+            self._optimizer.step()
+        elif math.isfinite(mean):
+            mean = math.nan
+        self._optimizer.zero_grad(set_to_none=True)
+        return mean
+
     def _save(self, course: Lessons) -> None:
         """What a killed run goes on from; the one before it goes away once this one is there."""
         if self._accelerator.is_main_process:
@@ -297,15 +350,12 @@ class Trainer:
             }
             path = self._workspace / STATE.format(course.steps)
             partial = path.with_suffix(".partial")
-            _refuse_full_disk(self._workspace, 12 * sum(parameter.numel() for parameter in self._trained))
             torch.save(state, partial)
             partial.replace(path)
             for old in self._workspace.glob("state-*.pt"):
                 if old != path:
                     old.unlink()
-            for old in self._workspace.glob("best-*"):
-                if old.name != BEST.format(course.kept):
-                    shutil.rmtree(old)
+            self._forget_worse(course)
         self._accelerator.wait_for_everyone()
 
     def _resume(self) -> Lessons:

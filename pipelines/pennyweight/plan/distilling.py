@@ -20,6 +20,9 @@ STATE_BYTES = 12
 SHARD = 16
 #: Logits alive at once in the loss, in float32: the student's, the teacher's, and what is made of them.
 LOGIT_BYTES = 4 * 4 * 256 * 49152
+#: The same of TRL's loss, for each of the positions that it takes at once. On a GPU its kernels work in place.
+TRL_POSITION_BYTES = {"cpu": 4 * 12 * 32768, "cuda": 4 * 2 * 32768}
+TRL_POSITIONS = 4096
 
 
 def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill) -> StageEstimate:
@@ -30,6 +33,12 @@ def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill)
     dtype = job.compute_dtype(job.shape, "transformers", False)
     teacher = 0 if step.ce == 1 or (step.teacher != "live" and shared) else ITEMSIZE[dtype] * job.shape.parameters
     activations = step.batch * step.length * student.layers * student.intermediate * ACTIVATION_COPIES
+    logits = LOGIT_BYTES
+    if step.on_policy:
+        positions = min(step.batch * (step.length - step.on_policy.prompt), TRL_POSITIONS)
+        logits = TRL_POSITION_BYTES[job.device] * positions
+        # What it has written so far, of all that a step learns from.
+        activations = max(activations, step.step_tokens * student.kv_bytes(4))
     learning = (LEARNING_BYTES + (2 if dtype != "float32" else 0)) * student.parameters
     working = STATE_BYTES * student.parameters + 2 * weights
     notes = [step.describe(), f"distill: {format_bytes(working)} of its disk are free again when it has ended"]
@@ -37,10 +46,12 @@ def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill)
         assert step.teacher != "live"
         size = step.teacher.bytes_per_token(job.shape.head[0])
         notes.append(f"distill: what the teacher says takes {size} bytes a token, {format_bytes(cache)} in all")
+    if step.on_policy:
+        notes.append(_writes(job, student, step))
     return StageEstimate(
         stage="distill", subject=variant, seconds=_seconds(job, student, step, shared), weight_bytes=weights,
         disk_bytes=weights + working + (0 if shared else cache), notes=notes,
-        peak_memory_bytes=BASELINE_BYTES["distill"] + teacher + learning + activations + LOGIT_BYTES,
+        peak_memory_bytes=BASELINE_BYTES["distill"] + teacher + learning + activations + logits,
     )  # fmt: skip
 
 
@@ -67,15 +78,39 @@ def distill_problems(
         yield "processes", message, "take fewer", "machine"
 
 
+def _step_seconds(job: Job, student: ModelShape, step: Distill) -> tuple[float, float]:
+    """(to learn, to write what is learnt on) of a step. A forward pass is 2 operations for each weight and token, a
+    backward pass 4."""
+    assert job.shape
+    dtype = job.compute_dtype(job.shape, "transformers", False)
+    asks = step.teacher == "live" and step.ce < 1
+    work = (6 * student.product_weights + (2 * job.shape.product_weights if asks else 0)) * step.step_tokens
+    learning = work / (rate(job, dtype) * TRAINING_EFFICIENCY[dtype])
+    if step.on_policy is None:
+        return learning, 0.0
+    prompt, together = step.on_policy.prompt, step.batch * step.accumulate
+    writing = wave_seconds(job, student, "transformers", None, together, prompt, step.length - prompt)
+    assert writing is not None
+    return learning, writing
+
+
+def _writes(job: Job, student: ModelShape, step: Distill) -> str:
+    assert step.on_policy
+    count, most = step.batch * step.accumulate, step.length - step.on_policy.prompt
+    said = f"distill: in every step the student writes {count} texts of up to {most} tokens"
+    if job.measured is None:
+        return said
+    learning, writing = _step_seconds(job, student, step)
+    return f"{said}, about {writing:.2g} s of {learning + writing:.2g} s where none ends before"
+
+
 def _seconds(job: Job, student: ModelShape, step: Distill, shared: bool) -> float | None:
-    """A forward pass is 2 operations for each weight and token, a backward pass 4."""
     assert job.shape
     if job.measured is None:
         return None
     dtype = job.compute_dtype(job.shape, "transformers", False)
     speed = rate(job, dtype) * TRAINING_EFFICIENCY[dtype]
-    asks = step.teacher == "live" and step.ce < 1
-    a_step = (6 * student.product_weights + (2 * job.shape.product_weights if asks else 0)) * step.step_tokens / speed
+    a_step = sum(_step_seconds(job, student, step))
     a_look = (2 * student.product_weights + 2 * job.shape.head[0] * job.shape.hidden) * step.held_out * step.length
     a_look /= speed
     allowed = [] if step.minutes is None else [60 * step.minutes]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pennyweight import installed
 from pennyweight.plan.problems import Problems
-from pennyweight.recipe import ACTIVATIONS, Quantize, Recipe, Recover
+from pennyweight.recipe import ACTIVATIONS, Distill, Quantize, Recipe, Recover
 
 #: Scheme → where its arithmetic is done in hardware.
 HARDWARE = {
@@ -23,7 +23,7 @@ CACHES = {"fp8": "vLLM keeps such a cache", "int8": "vLLM keeps quantized caches
 def check_backends(recipe: Recipe, device: str, found: Problems) -> list[str]:
     """Backends that cannot run here. Returns the extras that are missing."""
     extras: dict[str, None] = {}
-    for path, step in quantizers(recipe):
+    for path, step in _made(recipe):
         package, extra = installed.BACKEND_PACKAGES.get(step.maker, (None, None))
         if step.maker == "gptqmodel" and device != "cuda":
             hint = "remove `backend`: pennyweight's own gptq runs here"
@@ -101,9 +101,14 @@ def scheme_notes(recipe: Recipe) -> list[str]:
     return notes
 
 
-def quantizers(recipe: Recipe) -> Iterator[tuple[str, Quantize]]:
-    """(key path, step) of every quantize step."""
+def _made(recipe: Recipe) -> Iterator[tuple[str, Quantize | Distill]]:
+    """(key path, step) of every step that has a maker."""
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
-            if isinstance(step, Quantize):
-                yield f"variants.{variant}.{index}.quantize", step
+            if isinstance(step, Quantize | Distill):
+                yield f"variants.{variant}.{index}.{step.kind}", step
+
+
+def quantizers(recipe: Recipe) -> Iterator[tuple[str, Quantize]]:
+    """(key path, step) of every quantize step."""
+    return ((path, step) for path, step in _made(recipe) if isinstance(step, Quantize))

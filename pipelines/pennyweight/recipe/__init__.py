@@ -5,7 +5,7 @@ recipe, the shipped suites, tasks, data pins and prices, and the prices in `PENN
 """
 
 from pennyweight.recipe.calibration import Calibration
-from pennyweight.recipe.learning import Distill, DrawnStudent, Generate, Recover, TeacherCache
+from pennyweight.recipe.learning import Distill, DrawnStudent, Generate, OnPolicy, Recover, TeacherCache
 from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
 from pennyweight.recipe.prices import ApiPrice, Ceilings, Owned, Prices, PriceSpec, load_prices
 from pennyweight.recipe.pruning import Prune
@@ -32,6 +32,7 @@ __all__ = [
     "From",
     "Generate",
     "LeverName",
+    "OnPolicy",
     "Owned",
     "PriceSpec",
     "Prices",

@@ -146,9 +146,28 @@ class Generate(Section):
     temperature: float = Field(1.0, gt=0)
 
 
+class OnPolicy(Section):
+    prompt: int = Field(32, ge=1)
+    """Tokens of each window of the text that the student goes on from; with `answers`, at most so many before each
+    place where an answer begins."""
+    temperature: float = Field(1.0, gt=0)
+    """Of what it writes."""
+
+
 class DrawnStudent(Section):
     layers: int = Field(ge=2)
     """Layers of the student, copied from the base: evenly spread, the first and the last among them."""
+
+
+#: Settings of `distill` that a student which writes itself cannot have → why.
+_NOT_ON_POLICY = {
+    "generate": "the student writes, not the teacher",
+    "teacher": "the teacher judges what is not written yet, so nothing can be asked in advance",
+    "ce": "what the student says is judged, not imitated",
+    "hidden": "predictions alone are compared",
+    "tokens": "nobody knows in advance how much the student will write",
+    "processes": "one process writes and learns",
+}
 
 
 class Distill(_Budgeted, Section):
@@ -165,6 +184,10 @@ class Distill(_Budgeted, Section):
     generate: Generate | None = None
     """The teacher writes what is learnt on: it goes on from the beginnings of the text's windows. Windows held out stay
     as they are."""
+    on_policy: OnPolicy | None = None
+    """The student writes what is learnt on, anew in every step, and the teacher judges each of its tokens, through TRL.
+    It goes on from the beginnings of the text's windows until it ends the text or has `length` tokens. Windows held
+    out stay as they are."""
     student: DrawnStudent | None = None
     """`{layers}`: a student drawn from the base. Left out: the checkpoint before this step."""
     loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
@@ -220,15 +243,16 @@ class Distill(_Budgeted, Section):
 
     @model_validator(mode="after")
     def _settings_fit_loss(self) -> Distill:
-        given = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        given = self._given()
         if "beta" in given and self.loss != "jsd":
             raise ValueError("`beta` needs loss: jsd")
         if self.ce == 1 and (extra := {"loss", "temperature", "hidden", "teacher"} & given):
             raise ValueError(f"with ce: 1 nothing is asked of the teacher; remove `{min(extra)}`")
         if self.generate and self.answers:
             raise ValueError("`generate` writes answers of its own; remove `answers`")
-        if self.generate and self.generate.prompt >= self.length:
-            raise ValueError(f"a prompt of {self.generate.prompt} tokens leaves nothing of windows of {self.length}")
+        written = self.generate or self.on_policy
+        if written and written.prompt >= self.length:
+            raise ValueError(f"a prompt of {written.prompt} tokens leaves nothing of windows of {self.length}")
         if self.batch % self.processes:
             raise ValueError(f"{self.processes} processes cannot share a batch of {self.batch} windows evenly")
         return self
@@ -242,6 +266,21 @@ class Distill(_Budgeted, Section):
         if self.hidden:
             raise ValueError("a cache keeps no hidden states; use teacher: live, or remove `hidden`")
         return self
+
+    @model_validator(mode="after")
+    def _student_can_write(self) -> Distill:
+        if self.on_policy and (refused := [name for name in _NOT_ON_POLICY if name in self._given()]):
+            raise ValueError(f"with `on_policy` {_NOT_ON_POLICY[refused[0]]}; remove `{refused[0]}`")
+        return self
+
+    def _given(self) -> set[str]:
+        """Settings that are not at their default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+
+    @property
+    def maker(self) -> Literal["pennyweight", "trl"]:
+        """Who does it."""
+        return "trl" if self.on_policy else "pennyweight"
 
     @property
     def step_tokens(self) -> int:
@@ -259,5 +298,6 @@ class Distill(_Budgeted, Section):
         budget = " or ".join(f"{value:,g} {name}" for name, value in self.limits.items())
         student = f"{self.student.layers} layers, " if self.student else ""
         cached = "" if self.teacher == "live" else f", {self.teacher.cache} of {self.teacher.k} cached"
+        written = ", on policy" if self.on_policy else ""
         shape = f"{self.batch * self.accumulate} × {self.length} tokens"
-        return f"distill {student}{self.loss}{cached}: {budget} of {shape}"
+        return f"distill {student}{self.loss}{cached}{written}: {budget} of {shape}"

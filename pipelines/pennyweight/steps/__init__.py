@@ -83,5 +83,6 @@ assert set(STEPS) == set(schema.STEPS) - {"from"}, "`from` says where a variant 
 
 def libraries(step: schema.Step) -> tuple[str, ...]:
     """Distributions whose versions change what a step makes."""
-    backend = installed.BACKEND_PACKAGES.get(step.maker, ()) if isinstance(step, schema.Quantize) else ()
+    has_maker = isinstance(step, schema.Quantize | schema.Distill)
+    backend = installed.BACKEND_PACKAGES.get(step.maker, ()) if has_maker else ()
     return (*STEPS[step.kind].libraries, *backend[:1])

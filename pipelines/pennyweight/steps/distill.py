@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pennyweight import checkpoints, runtimes
+from pennyweight import checkpoints, installed, runtimes
 from pennyweight.errors import StageError
 from pennyweight.memory import out_of_memory_of
 from pennyweight.quantization import decoder
@@ -31,9 +31,11 @@ LIBRARIES = ("transformers", "torch", "accelerate")
 def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path) -> Distillation:
     """Write the student that was best on held-out text to `files`.
 
-    Raises StageError where the step lacks text or its teacher, where the vocabularies differ, or where nothing was
-    learnt before a loss was not finite.
+    Raises StageError where the step lacks text or its teacher, where the vocabularies differ, where nothing was learnt
+    before a loss was not finite, or where what the step needs is not installed.
     """
+    if step.on_policy:
+        installed.require("trl")
     if context.calibration is None or context.teacher is None or context.store is None:
         raise StageError("distill needs text, a teacher and a store")
     begin = time.monotonic()
@@ -115,6 +117,7 @@ def _train(
         workspace=str(workspace),
         cache=str(cached.files) if cached else None,
         answers=str(workspace / "answers.npy") if learns_answers else None,
+        seed=context.seed,
     )
     return work, (train if step.processes == 1 else train_in_processes)(work, context.report, context.measure)
 

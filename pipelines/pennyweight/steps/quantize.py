@@ -56,9 +56,7 @@ def run(checkpoint: Checkpoint, step: Quantize, context: StepContext, files: Pat
 
 
 def _backend(name: str) -> Any:
-    package, extra = installed.BACKEND_PACKAGES[name]
-    if installed.installed_version(package) is None:
-        raise StageError(f"{name} is not installed", f"pip install 'pennyweight[{extra}]'")
+    installed.require(name)
     return importlib.import_module(f"pennyweight.steps.backends.{BACKENDS[name]}")
 
 
