@@ -16,7 +16,7 @@ import yaml
 from command import pennyweight
 from test_flow import latest
 
-from pennyweight import checkpoints
+from pennyweight import checkpoints, installed
 from pennyweight.distillation import train as training
 from pennyweight.distillation import worker
 from pennyweight.distillation.train import Work, train
@@ -98,9 +98,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_recipe_text: str) ->
     learn = {"text": "calibration-text", "steps": 4, "batch": 4, "length": 32, "held_out": 4, "check_every": 2}
     cached = {**learn, "teacher": {"cache": "top_k", "k": 8}}
     quantize = {"quantize": {"scheme": "w8a16", "group_size": 32}}
+    writes = [{"distill": {**learn, "on_policy": {"prompt": 8}}}] if installed.installed_version("trl") else []
     recipe["variants"] = {
         "taught": [{"distill": cached}, quantize],
-        "taught-faster": [{"distill": {**cached, "learning_rate": 0.001}}],
+        "taught-faster": [*writes, {"distill": {**cached, "learning_rate": 0.001}}],
     }
     recipe["register"] = None
     (folder / "distill.yaml").write_text(yaml.safe_dump(recipe))
@@ -117,6 +118,7 @@ def test_a_recipe_distills_before_it_quantizes(finished: Path) -> None:
     assert made["taught"]["distillation"]["cache_bytes_per_token"] == 8 * 2 + 9 * 2
     assert not made["taught"]["distillation"]["cache_reused"]
     assert made["taught-faster"]["distillation"]["cache_reused"]
+    assert ("on policy" in made["taught-faster"]["origin"]) == bool(installed.installed_version("trl"))
     assert not list((finished / "store" / "work").iterdir())
     assert "distilled:" in next((finished / "runs" / "latest").glob("report.html")).read_text()
 

@@ -43,7 +43,7 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
             model=self._student,
             teacher_model=self._teacher.model,
             args=self._arguments(),
-            train_dataset=IterableDataset.from_generator(partial(self._endless, self._prompts())),
+            train_dataset=IterableDataset.from_generator(partial(endless, self._prompts(), self._settings.batch)),
             processing_class=self._tokenizer(),
             callbacks=[self],
             optimizers=(self._optimizer, None),
@@ -55,7 +55,7 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
     def _arguments(self) -> DistillationConfig:
         s = self._settings
         assert s.on_policy
-        return DistillationConfig(
+        arguments = DistillationConfig(
             output_dir=str(self._workspace / "trl"),
             max_steps=s.most_steps or ENDLESS,
             per_device_train_batch_size=s.batch,
@@ -80,6 +80,8 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
             save_strategy="no",  # `on_log` asks for it
             save_total_limit=1,
         )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # several that one process sees, TRL refuses
+        return arguments
 
     def _tokenizer(self) -> Any:
         """Of which TRL takes the tokens that end and fill a text."""
@@ -97,12 +99,6 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
         if not found:
             raise StageError("distill: no answer begins in any window", "raise `length`, or remove `answers`")
         return found
-
-    def _endless(self, prompts: list[list[int]]) -> Iterator[dict[str, list[int]]]:
-        """In the order in which windows of text are learnt."""
-        for number in itertools.count():
-            for place in batch_of(number, len(prompts), self._settings.batch):
-                yield {"prompt": prompts[place]}
 
     # --- what TRL's trainer tells -------------------------------------------------------------------------------------
 
@@ -162,3 +158,10 @@ def prompts_of(windows: np.ndarray, answers: np.ndarray | None, tokens: int) -> 
         return windows[:, :tokens].tolist()
     before = np.argwhere(answers[:, 1:] & ~answers[:, :-1])
     return [windows[row, max(0, last + 1 - tokens) : last + 1].tolist() for row, last in before]
+
+
+def endless(prompts: list[list[int]], batch: int) -> Iterator[dict[str, list[int]]]:
+    """Rows for TRL, in the order in which windows of text are learnt."""
+    for number in itertools.count():
+        for place in batch_of(number, len(prompts), batch):
+            yield {"prompt": prompts[place]}

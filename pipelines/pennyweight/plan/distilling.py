@@ -23,6 +23,8 @@ LOGIT_BYTES = 4 * 4 * 256 * 49152
 #: The same of TRL's loss, for each of the positions that it takes at once. On a GPU its kernels work in place.
 TRL_POSITION_BYTES = {"cpu": 4 * 12 * 32768, "cuda": 4 * 2 * 32768}
 TRL_POSITIONS = 4096
+#: Times as long a token takes to write where the weights that learn, in float32, are cast for it.
+CASTING = {"float32": 1.0, "bfloat16": 2.5, "float16": 2.5}
 
 
 def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill) -> StageEstimate:
@@ -91,7 +93,7 @@ def _step_seconds(job: Job, student: ModelShape, step: Distill) -> tuple[float, 
     prompt, together = step.on_policy.prompt, step.batch * step.accumulate
     writing = wave_seconds(job, student, "transformers", None, together, prompt, step.length - prompt)
     assert writing is not None
-    return learning, writing
+    return learning, writing * CASTING[dtype]
 
 
 def _writes(job: Job, student: ModelShape, step: Distill) -> str:
