@@ -522,6 +522,9 @@ def test_a_killed_student_goes_on_writing_as_if_nothing_had_been(
 
     with pytest.raises(Killed):
         train(broken, kill)
+    cut_off = tmp_path / "broken" / "trl" / "checkpoint-6" / "trainer_state.json"
+    cut_off.parent.mkdir()
+    cut_off.write_text("{")
     again = train(broken, lambda detail, done: told.append(done))
     assert len(told) == 5 + 5
     assert (again.curve, again.losses, again.kept) == (whole.curve, whole.losses, whole.kept)

@@ -6,6 +6,7 @@ looks at held-out text and what is kept are those of any distillation here.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -128,12 +129,12 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
 
     def _resume(self) -> tuple[Lessons, str | None]:
         """The course so far, and the checkpoint that TRL's trainer goes on from."""
-        whole = (self._workspace / "trl").glob(STATES)
-        path = max(whole, key=lambda path: int(path.parent.name.rpartition("-")[2]), default=None)
-        if path is None:
-            return Lessons(), None
-        kept = json.loads(path.read_text())["stateful_callbacks"][type(self).__name__]
-        return Lessons.load(kept["attributes"]["course"]), str(path.parent)
+        states = (self._workspace / "trl").glob(STATES)
+        for path in sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), reverse=True):
+            with contextlib.suppress(ValueError):  # cut off as it was written: the one before it is still there
+                kept = json.loads(path.read_text())["stateful_callbacks"][type(self).__name__]
+                return Lessons.load(kept["attributes"]["course"]), str(path.parent)
+        return Lessons(), None
 
 
 class _Trainer(DistillationTrainer):
