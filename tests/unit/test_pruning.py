@@ -20,6 +20,7 @@ from pennyweight.pruning.config import cut_config, kept_channels, pruned_config
 from pennyweight.pruning.refit import refit
 from pennyweight.pruning.scan import format_scan, scan
 from pennyweight.pruning.trials import Trials
+from pennyweight.quantization import decoder
 from pennyweight.quantization.walk import Block, at_the_first_block
 from pennyweight.recipe import Prune
 from pennyweight.steps import StepContext, prune
@@ -271,6 +272,77 @@ def test_more_than_there_is_cannot_be_taken_out(settings: dict[str, Any], words:
     small_model().save_pretrained(source)
     with pytest.raises(StageError, match=words):
         prune.run(checkpoints.describe(source, "test"), Prune(**settings), StepContext("cpu", 0), tmp_path)
+
+
+#: Decoders that are put together in another way than Llama's.
+OTHERS: dict[str, dict[str, Any]] = {
+    "phi3": {},
+    "mixtral": {"num_local_experts": 2},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1},
+    "olmo2": {},
+    "gpt2": {"n_embd": 32, "n_layer": 6, "n_head": 4},
+}
+
+
+def other_model(kind: str) -> Any:
+    torch.manual_seed(0)
+    body = {"vocab_size": 200} if kind == "gpt2" else SMALL
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**body, **OTHERS[kind]})).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("phi3", {"ffn": 0.5}, "the linear layers o_proj, qkv_proj, gate_up_proj, down_proj, and no feed-forward net"),
+        ("phi3", {"kv_groups": 1}, "qkv_proj, gate_up_proj, down_proj, and no q_proj; leave `kv_groups` out"),
+        ("mixtral", {"ffn": 0.5}, "MixtralDecoderLayer has experts, and no feed-forward net of 64 channels"),
+        ("qwen3_moe", {"ffn": 0.5}, "Qwen3MoeDecoderLayer has experts"),
+        ("olmo2", {"kv_groups": 1}, "Olmo2Attention holds more than heads of 8"),
+        ("gpt2", {"ffn": 0.5}, "ffn: the model's config states no single `intermediate_size`"),
+    ],
+)
+def test_blocks_that_cannot_be_made_narrower_are_refused_from_the_config(
+    kind: str, settings: dict[str, Any], words: str
+) -> None:
+    config = {"model_type": kind, **({} if kind == "gpt2" else SMALL), **OTHERS[kind]}
+    with pytest.raises(ValueError, match=words):
+        pruned_config(config, Prune(text="any", **settings))
+    assert pruned_config(config, Prune(drop=[1])) != config
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_decoders_lose_blocks_under_the_names_of_their_own_files(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where transformers computes with other tensors than the files have, and in another dtype."""
+    monkeypatch.setattr(decoder, "compute_dtype", lambda stored, device: torch.float32)
+    source, files = tmp_path / "source", tmp_path / "made"
+    files.mkdir()
+    other_model(kind).to(torch.bfloat16).save_pretrained(source)
+    step = Prune(layers=2, text="any", samples=16, length=16)
+    record = prune.run(checkpoints.describe(source, "test"), step, StepContext("cpu", 0, WINDOWS.numpy()), files)
+    assert record.layers == (6, 4) and record.reload_difference < 0.05
+    known = {(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in checkpoints.read_headers(source)}
+    made = {(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in checkpoints.read_headers(files)}
+    assert made < known
+
+
+def test_a_decoder_whose_blocks_hand_on_more_than_states_is_refused() -> None:
+    config = AutoConfig.for_model("falcon", vocab_size=200, hidden_size=32, num_hidden_layers=3, num_attention_heads=4)
+    with pytest.raises(StageError, match="hands on more than hidden states"):
+        Trials(AutoModelForCausalLM.from_config(config).eval(), WINDOWS, 4)
+
+
+@pytest.mark.parametrize("settings", [{"layers": 1, "text": "any"}, {"drop": [0]}])
+def test_the_only_block_stays(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="1 of 1 blocks leave none; it has no other"):
+        pruned_config({"model_type": "llama", **SMALL, "num_hidden_layers": 1}, Prune(**settings))
+
+
+def test_a_model_that_transformers_does_not_know_is_refused_in_a_line() -> None:
+    with pytest.raises(ValueError) as caught:
+        pruned_config({"model_type": "nothing", **SMALL}, Prune(drop=[0]))
+    assert str(caught.value) == "transformers knows no model type 'nothing'"
 
 
 def test_a_head_count_that_the_architecture_does_not_allow_is_refused() -> None:

@@ -150,7 +150,7 @@ def _add_shape(shapes: Shapes, name: str, path: str, config: dict[str, Any], fou
         shapes.add(name, Start(config, base_dtype(base, config)))
     except (ValueError, KeyError, AttributeError) as error:
         if not base.trust_remote_code:
-            reason = str(error).strip("'").splitlines()[0][:160]
+            reason = str(error).strip("'").splitlines()[0].partition(" Should contain")[0][:160]
             known = f"transformers {installed.installed_version('transformers')} knows no decoder of this kind"
             found.add(path, f"model type {config.get('model_type')!r}: {reason}", known)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
+from pennyweight.errors import StageError
 from pennyweight.recipe import Prune
 
 #: Channels go by so many where the model has a multiple of it, so that groups of quantized weights still fit; by fewer
@@ -23,7 +26,10 @@ BATCH_TOKENS = 512
 
 def pruned_config(config: dict[str, Any], step: Prune) -> dict[str, Any]:
     """The config of a model after `step`. Which blocks a search will take is not known yet; evenly spread ones stand
-    for them. Raises ValueError, with a message for the recipe's author, where the model has not as much to take out."""
+    for them. Raises ValueError, with a message for the recipe's author, where the model has not as much to take out, or
+    has blocks that cannot be made narrower."""
+    if (step.ffn or step.kv_groups) and (reason := _unfit(json.dumps(config), bool(step.ffn), bool(step.kv_groups))):
+        raise ValueError(reason)
     count = layer_count(config)
     return cut_config(config, step.drop or spread(count, step.removed_layers), step.ffn, step.kv_groups)
 
@@ -40,15 +46,35 @@ def cut_config(
     parsed = text_model(config)
     section |= _without_layers(parsed, removed) if removed else {}
     if ffn is not None:
-        section["intermediate_size"] = kept_channels(_whole(parsed, "intermediate_size"), ffn)
+        section["intermediate_size"] = kept_channels(_whole(parsed, "intermediate_size", "ffn"), ffn)
     if kv_groups is not None:
         section |= _without_groups(parsed, kv_groups)
     _check(cut)
     return cut
 
 
+@lru_cache(maxsize=64)
+def _unfit(config: str, ffn: bool, kv_groups: bool) -> str | None:
+    """Why the blocks of a model, its config as JSON, cannot be made narrower. Takes no memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pennyweight.pruning import parts
+
+    body = json.loads(config)
+    known = text_model(body)
+    channels = _whole(known, "intermediate_size", "ffn") if ffn else None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_parsed(body))
+    try:
+        parts.check(model, channels, head_dim(known) if kv_groups else None)
+    except StageError as error:
+        return f"{error.message}; {error.hint}"
+    return None
+
+
 def layer_count(config: dict[str, Any]) -> int:
-    return _whole(text_model(config), "num_hidden_layers")
+    return _whole(text_model(config), "num_hidden_layers", "layers")
 
 
 def spread(count: int, removed: int) -> list[int]:
@@ -69,11 +95,11 @@ def kept_channels(channels: int, fraction: float) -> int:
 
 
 def _without_layers(parsed: Any, removed: list[int]) -> dict[str, Any]:
-    count = _whole(parsed, "num_hidden_layers")
+    count = _whole(parsed, "num_hidden_layers", "layers")
     if wrong := [block for block in removed if not 0 <= block < count]:
         raise ValueError(f"the model has blocks 0 to {count - 1}, and none of number {wrong[0]}")
     if len(removed) >= count:
-        raise ValueError(f"{len(removed)} of {count} blocks leave none; take out {count - 1} at most")
+        raise ValueError(f"{len(removed)} of {count} blocks leave none; {_at_most(count)}")
     kept = [block for block in range(count) if block not in removed]
     changed: dict[str, Any] = {parsed.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
     for key, value in parsed.to_dict().items():
@@ -86,15 +112,19 @@ def _without_layers(parsed: Any, removed: list[int]) -> dict[str, Any]:
 
 
 def _without_groups(parsed: Any, removed: int) -> dict[str, Any]:
-    heads, groups = _whole(parsed, "num_attention_heads"), _whole(parsed, "num_key_value_heads")
+    heads, groups = (_whole(parsed, key, "kv_groups") for key in ("num_attention_heads", "num_key_value_heads"))
     if removed >= groups:
-        raise ValueError(f"kv_groups: {removed} of {groups} key/value heads leave none; take out {groups - 1} at most")
+        raise ValueError(f"kv_groups: {removed} of {groups} key/value heads leave none; {_at_most(groups)}")
     kept = groups - removed
     return {
         "num_key_value_heads": kept,
         "num_attention_heads": heads // groups * kept,
-        "head_dim": getattr(parsed, "head_dim", None) or parsed.hidden_size // heads,
+        "head_dim": head_dim(parsed),
     }
+
+
+def _at_most(count: int) -> str:
+    return f"take out {count - 1} at most" if count > 1 else "it has no other"
 
 
 def _check(cut: dict[str, Any]) -> None:
@@ -108,14 +138,23 @@ def _check(cut: dict[str, Any]) -> None:
 
 def text_model(config: dict[str, Any]) -> Any:
     """The text model's config, with all that its architecture derives."""
-    from transformers import AutoConfig
-
-    body = {key: value for key, value in config.items() if key != "quantization_config"}
-    return AutoConfig.for_model(**body).get_text_config()
+    return _parsed(config).get_text_config()
 
 
-def _whole(parsed: Any, key: str) -> int:
+def head_dim(parsed: Any) -> int:
+    return getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads
+
+
+def _parsed(config: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(f"transformers knows no model type {config.get('model_type')!r}")
+    return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"})
+
+
+def _whole(parsed: Any, key: str, setting: str) -> int:
     value = getattr(parsed, key, None)
     if not isinstance(value, int):
-        raise ValueError(f"the config states no single `{key}`, so it cannot be pruned by it")
+        raise ValueError(f"{setting}: the model's config states no single `{key}`; leave `{setting}` out")
     return value

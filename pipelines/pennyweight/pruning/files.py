@@ -13,13 +13,16 @@ from pennyweight.pruning.trials import Removed
 from pennyweight.quantization import decoder
 
 
-def write(source: Path, target: Path, model: Any, config: dict[str, Any], removed: Removed) -> None:
+def write(source: Path, target: Path, model: Any, config: dict[str, Any], removed: Removed, dtype: str) -> None:
     """Write `model`, whose blocks are numbered anew, and `config` to `target`; what else is in `source` comes along.
 
-    Tensors keep the dtypes that they have in `source`, where those of a block are under its former number.
+    Tensors get the names that they are published under, which for experts are not those that transformers computes
+    with, and keep the dtypes that they have in `source`, where those of a block are under its former number; `dtype`
+    where it has no such tensor.
     """
     import torch
     from huggingface_hub import save_torch_state_dict
+    from transformers.core_model_loading import revert_weight_conversion
 
     name, blocks = decoder.blocks(model)
     count = len(blocks) + len(removed)
@@ -30,12 +33,13 @@ def write(source: Path, target: Path, model: Any, config: dict[str, Any], remove
         return pattern.sub(lambda found: f"{found[1]}{former[int(found[2])]}{found[3]}", key)
 
     dtypes = {t.name: getattr(torch, DTYPES[t.dtype]) for t in read_headers(source) if t.dtype in DTYPES}
-    tensors = {
-        key: value.to("cpu", dtypes.get(before(key), value.dtype)).contiguous()
-        for key, value in model.state_dict().items()
-    }
+    computed = model.state_dict()
     if decoder.is_tied(model):
-        tensors.pop(f"{decoder.head_name(model)}.weight", None)
+        computed.pop(f"{decoder.head_name(model)}.weight", None)
+    tensors = {}
+    for key, value in revert_weight_conversion(model, computed).items():
+        otherwise = getattr(torch, dtype) if value.is_floating_point() else value.dtype
+        tensors[key] = value.to("cpu", dtypes.get(before(key), otherwise)).contiguous()
     save_torch_state_dict(tensors, target)
     for path in source.iterdir():
         if path.is_file() and path.suffix != ".safetensors" and path.name not in ("config.json", INDEX):

@@ -64,9 +64,10 @@ def feed_forward(block: Any, channels: int) -> FeedForward:
     inward = [part for part in rest if part.out_features == channels]
     down = [part for part in rest if part.in_features == channels]
     if len(down) != 1 or len(inward) not in (1, 2) or len(rest) != len(inward) + 1:
+        has = "experts" if any("expert" in name for name, _ in block.named_modules()) else _layers(block)
         raise StageError(
-            f"{type(block).__name__} has no feed-forward net of {channels} channels that can be cut",
-            "experts and merged projections cannot be; leave `ffn` out",
+            f"ffn: {type(block).__name__} has {has}, and no feed-forward net of {channels} channels that can be cut",
+            "leave `ffn` out: experts and merged projections stay whole, `layers` takes out blocks",
         )
     return FeedForward(inward, down[0])
 
@@ -77,16 +78,32 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def attention(block: Any, head_dim: int) -> Attention:
     """The block's attention. Raises StageError where its projections are merged, or hold more than heads."""
     named = {name.rpartition(".")[2]: (name, part) for name, part in decoder.all_linears(block).items()}
+    hint = "leave `kv_groups` out: merged and compressed heads stay whole, `layers` takes out blocks"
     if missing := [name for name in _ATTENTION if name not in named]:
-        raise StageError(f"{type(block).__name__} has no {missing[0]}", "leave `kv_groups` out")
+        raise StageError(f"kv_groups: {type(block).__name__} has {_layers(block)}, and no {missing[0]}", hint)
     query, key, value, output = (named[name][1] for name in _ATTENTION)
     owner = block.get_submodule(named["q_proj"][0].rpartition(".")[0])
     inside = {id(p) for linear in (query, key, value, output) for p in linear.parameters()}
     others = [p for p in owner.parameters() if id(p) not in inside]
     plain = query.out_features == output.in_features and key.out_features == value.out_features
     if not plain or any(p.numel() != head_dim for p in others):
-        raise StageError(f"{type(owner).__name__} holds more than heads of {head_dim}", "leave `kv_groups` out")
+        raise StageError(f"kv_groups: {type(owner).__name__} holds more than heads of {head_dim}", hint)
     return Attention(query, key, value, output, head_dim)
+
+
+def check(model: Any, channels: int | None, head_dim: int | None) -> None:
+    """Raise StageError where a block has no feed-forward net of `channels`, or no heads of `head_dim`, to cut; None: it
+    need not. The model may be one without memory for its weights."""
+    for block in decoder.blocks(model)[1]:
+        if channels is not None:
+            feed_forward(block, channels)
+        if head_dim is not None:
+            attention(block, head_dim)
+
+
+def _layers(block: Any) -> str:
+    names = [name.rpartition(".")[2] for name in decoder.all_linears(block)]
+    return f"the linear layers {', '.join(dict.fromkeys(names))}" if names else "no linear layers"
 
 
 def keep_outputs(linear: Any, kept: torch.Tensor) -> None:
@@ -102,6 +119,6 @@ def set_weight(linear: Any, weight: torch.Tensor) -> None:
     linear.in_features = weight.shape[1]
 
 
-def last_linear(block: Any) -> Any:
-    """The last linear layer of a block, which in a decoder gives what its feed-forward net adds."""
-    return list(decoder.all_linears(block).values())[-1]
+def last_linear(block: Any) -> Any | None:
+    """The last linear layer of a block, which in a decoder gives what its feed-forward net adds; None: it has none."""
+    return next(reversed(decoder.all_linears(block).values()), None)

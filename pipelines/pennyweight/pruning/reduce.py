@@ -62,8 +62,8 @@ def reduce(model: Any, cut: Cut, windows: torch.Tensor, report: Callable[[str, f
             _fewer_groups(block, cut)
         if cut.kept_channels:
             _fewer_channels(block, cut)
-        if cut.refit:
-            refitted += refit(block, parts.last_linear(block.module), goal, -(-len(ids) // CHECKED))
+        if cut.refit and (down := parts.last_linear(block.module)) is not None:
+            refitted += refit(block, down, goal, -(-len(ids) // CHECKED))
         states = list(block.run())
         report(f"block {index}", (number + 1) / len(kept))
     return refitted

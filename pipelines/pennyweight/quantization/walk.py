@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pennyweight.errors import StageError
 from pennyweight.quantization import decoder
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def at_the_first_block(
 ) -> tuple[list[torch.Tensor], list[dict[str, Any]]]:
     """Hidden states that reach the first block, batch by batch, and what the model hands to each block beside them.
 
-    The model is run with blocks that hand on what they get, so this costs no more than the embedding.
+    The model is run with blocks that hand on what they get, so this costs no more than the embedding. Raises StageError
+    where blocks hand on more than hidden states, as some older architectures' do.
     """
     import torch
 
@@ -70,6 +72,10 @@ def at_the_first_block(
         def forward(hidden_states: torch.Tensor, *_: Any, **named: Any) -> torch.Tensor:
             if index == 0:
                 states.append(hidden_states)
+            elif hidden_states.shape != states[-1].shape:
+                raise StageError(
+                    f"{type(model).__name__} hands on more than hidden states, and cannot be gone through by block"
+                )
             keywords[index] = named
             return hidden_states
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pennyweight import checkpoints
 from pennyweight.errors import StageError
 from pennyweight.memory import out_of_memory_of
-from pennyweight.pruning.config import cut_config, kept_channels, pruned_config, text_model
+from pennyweight.pruning.config import cut_config, head_dim, kept_channels, pruned_config, text_model
 from pennyweight.quantization import decoder, verify
 from pennyweight.recipe import Prune
 from pennyweight.records import Checkpoint, Pruning
@@ -55,7 +55,7 @@ def run(checkpoint: Checkpoint, step: Prune, context: StepContext, files: Path) 
         refitted = 0 if text is None else reduce.reduce(model, cut, text, _part(context, 0.7, 1.0))
         reduce.become(model, removed, text_model(config), text_model(after))
         kl = seen.now() if seen else None
-        write(source, files, model, after, removed)
+        write(source, files, model, after, removed, checkpoint.dtype)
         difference = verify.check_reload(files, model)
     made = checkpoints.describe(files, origin="")
     return Pruning(
@@ -94,7 +94,7 @@ def _cut(config: dict[str, Any], step: Prune, removed: frozenset[int]) -> Cut:
         channels=known.intermediate_size if step.ffn else None,
         kept_channels=kept_channels(known.intermediate_size, step.ffn) if step.ffn else 0,
         kept_groups=groups,
-        head_dim=getattr(known, "head_dim", None) or known.hidden_size // known.num_attention_heads,
+        head_dim=head_dim(known),
         refit=step.refit,
     )
 
