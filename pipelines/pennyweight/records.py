@@ -80,6 +80,12 @@ class Pruning(Record):
         description="largest |Δ log p| in nats between what was made and what a fresh process loads"
     )
     seconds: float
+    earlier: Pruning | None = Field(None, description="of the `prune` step before this one")
+
+    @property
+    def all(self) -> list[Pruning]:
+        """Of all `prune` steps up to this one, the first one first."""
+        return [*(self.earlier.all if self.earlier else []), self]
 
 
 class Distillation(Record):

@@ -133,6 +133,18 @@ def test_a_base_that_is_quantized_or_has_other_tokens(calm: Store, monkeypatch: 
     assert (problem.path, problem.message) == ("bases.small", "it predicts 192 tokens, and the base 160")
 
 
+def test_a_base_without_a_tokenizer(calm: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sources, "base_config", lambda base, store: SMALL if "small" in base.uri else CONFIG)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(SMALL))
+    (tmp_path / "whole").mkdir()
+    monkeypatch.setattr(sources, "local_folder", lambda base: tmp_path / ("small" if "small" in base.uri else "whole"))
+    (problem,) = make_plan(competing({"a": [FROM]}), calm).problems
+    assert problem.path == "bases.small"
+    assert problem.message == f"{tmp_path / 'small'} has no tokenizer that can be read"
+    assert "tokenizer.json" in problem.hint
+
+
 def test_a_base_that_cannot_be_asked_leaves_its_variants_unknown(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def config(base: Any, store: Any) -> dict[str, Any]:
         if "small" in base.uri:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pennyweight import checkpoints
-from pennyweight.errors import StageError
+from pennyweight import checkpoints, cli
+from pennyweight.columns import spans
+from pennyweight.errors import StageError, UsageError
 from pennyweight.pruning import depth
 from pennyweight.pruning.columns import without_inputs
 from pennyweight.pruning.config import cut_config, kept_channels, pruned_config
@@ -386,6 +389,60 @@ def test_a_scan_prints_what_each_removal_costs(tiny_model: Path) -> None:
     found = scan(checkpoints.describe(tiny_model, "tiny"), "some", windows, 1, lambda *_: None)
     assert found.layers == 2 and len(found.by_kl) == len(found.by_influence) == 1
     assert found.by_kl[0].kl <= found.by_influence[0].kl
-    assert f"{found.by_kl[0].kl:.4f}" in format_scan(found)
-    with pytest.raises(StageError, match="2 of 2 blocks leave none"):
-        scan(checkpoints.describe(tiny_model, "tiny"), "some", windows, 2, lambda *_: None)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    block = sum(value.numel() for value in model.model.layers[0].parameters())
+    assert found.parameters == sum(value.numel() for value in model.parameters())
+    assert found.by_kl[0].parameters == found.parameters - block
+    lines = format_scan(found).splitlines()
+    assert f"{found.by_kl[0].kl:.4f}" in lines[1] and "█" in lines[1]
+    assert lines[1].split()[:5] == [
+        "1",
+        "of",
+        "2",
+        f"{1 - block / found.parameters:.0%}",
+        str(found.by_kl[0].removed[0]),
+    ]
+    checkpoint = checkpoints.describe(tiny_model, "tiny")
+    with pytest.raises(UsageError, match="--layers 2: 2 of 2 blocks leave none"):
+        scan(checkpoint, "some", windows, 2, lambda *_: None)
+    with pytest.raises(UsageError, match="the model knows 512 positions"):
+        scan(checkpoint, "some", windows.reshape(1, -1).repeat(16, 1), 1, lambda *_: None)
+
+
+def test_a_scan_that_cannot_be_is_refused_in_a_line(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    for name, changes, words in (
+        ("quantized", {"quantization_config": {"quant_method": "awq"}}, "is quantized already, in awq format"),
+        ("unknown", {"model_type": "nothing"}, "transformers knows no model type 'nothing'"),
+    ):
+        folder = shutil.copytree(tiny_model, tmp_path / name)
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
+        done = CliRunner(env={"PENNYWEIGHT_HOME": str(tmp_path / "store")}).invoke(
+            cli.main, ["prune-scan", str(folder), "--text", "boolq-passages", "--layers", "1"]
+        )
+        assert done.exit_code == 2 and words in done.stderr, done.output
+
+
+def test_numbers_in_a_row_are_a_span() -> None:
+    assert spans([]) == ""
+    assert spans([0, 2, 3, 5, 6, 7, 9]) == "0, 2, 3, 5–7, 9"
+
+
+def test_what_is_measured_is_told_while_it_is_made(tmp_path: Path) -> None:
+    source, narrower = tmp_path / "source", tmp_path / "narrower"
+    small_model().save_pretrained(source)
+    told: list[tuple[int, dict[str, float]]] = []
+    context = StepContext("cpu", 0, WINDOWS.numpy(), measure=lambda step, values: told.append((step, dict(values))))
+    step = Prune(text="any", samples=16, length=16, layers=2)
+    (tmp_path / "shorter").mkdir()
+    record = prune.run(checkpoints.describe(source, "test"), step, context, tmp_path / "shorter")
+    assert told == [
+        *((number, {"held_out_kl": kl}) for number, kl in record.curve),
+        (2, {"held_out_kl_fitted": record.kl}),
+    ]
+    assert [number for number, _ in record.curve] == [1, 2]
+    narrower.mkdir()
+    shorter = checkpoints.describe(tmp_path / "shorter", "test").model_copy(update={"pruning": record})
+    again = prune.run(shorter, Prune(text="any", samples=16, length=16, ffn=0.5), context, narrower)
+    assert again.all == [record, again] and record.all == [record]
+    assert told[-1] == (0, {"held_out_kl_fitted": again.kl})

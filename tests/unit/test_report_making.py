@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from test_report import make_record
 
-from pennyweight.records import Allocation, Healing, Rounding
+from pennyweight.records import Allocation, Healing, Pruning, Rounding, RunRecord
 from pennyweight.report.page import render
 
 ALLOCATION = Allocation(
@@ -14,6 +14,18 @@ ALLOCATION = Allocation(
 ROUNDING = Rounding(
     backend="pennyweight", method="gptq", layers={"4 bits, symmetric, groups of 64": 210}, allocation=ALLOCATION,
     reload_difference=2.5e-5, seconds=40.0,
+)  # fmt: skip
+DEPTH = Pruning(
+    removed=[3, 4, 5, 8], layers=(12, 8), measure="kl", refitted=1, kl_cut=0.3, kl_influence=0.5, kl=0.2,
+    curve=[(1, 0.1), (4, 0.3)], parameters=(1_000_000, 800_000), weight_bytes=(2_000_000, 1_600_000),
+    reload_difference=1e-5, seconds=100.0,
+)  # fmt: skip
+WIDTH = DEPTH.model_copy(
+    update={
+        "removed": [], "layers": (8, 8), "measure": None, "channels": (1536, 1152), "refitted": 8, "kl_cut": None,
+        "kl_influence": None, "kl": 0.12, "curve": [], "parameters": (800_000, 700_000),
+        "weight_bytes": (1_600_000, 1_400_000), "seconds": 21.0, "earlier": DEPTH,
+    }
 )  # fmt: skip
 HEALING = Healing(
     steps=12, tokens=12_288, ended_by="steps", trained=1_700_000, moved=3, kl_before=0.2, kl_after=0.1,
@@ -45,6 +57,43 @@ def test_steps_integers_and_healing_are_shown_for_each_variant() -> None:
     ):
         assert words in section
     assert section.count("<tr>") == 2
+
+
+def pruned(pruning: Pruning) -> RunRecord:
+    record = make_record()
+    made = next(result for result in record.candidates if result.variant != "base")
+    checkpoint = made.checkpoint.model_copy(update={"pruning": pruning})
+    changed = [
+        result.model_copy(update={"checkpoint": checkpoint}) if result.variant == made.variant else result
+        for result in record.candidates
+    ]
+    return record.model_copy(update={"candidates": changed})
+
+
+def test_all_that_was_taken_out_is_shown() -> None:
+    page = render(pruned(WIDTH))
+    section = page.partition("How the variants were made")[2].partition("</section>")[0]
+    lines = [
+        "layers 3–5, 8 of 12 by kl",
+        "parameters: 1.0 M → 0.8 M",
+        "held-out KL 0.200, 1 block refitted",
+        "without those layers alone 0.300; by influence 0.500",
+        "FFN channels: 1,536 → 1,152",
+        "parameters: 0.8 M → 0.7 M",
+        "held-out KL 0.120, 8 blocks refitted",
+    ]
+    places = [section.index(f"<div>{line}</div>") for line in lines]
+    assert places == sorted(places)
+    assert "2 min 1 s" in section  # of both steps
+
+
+def test_the_plot_has_what_the_fit_left() -> None:
+    section = render(pruned(WIDTH)).partition("What the layers cost")[2].partition("</section>")[0]
+    assert section.count('class="mark base"') == 3  # two points, and what was written
+    assert ", prune 1 of 2" in section and ", prune 2 of 2" not in section
+    alone = render(pruned(DEPTH.model_copy(update={"kl": None}))).partition("What the layers cost")[2]
+    assert alone.partition("</section>")[0].count('class="mark base"') == 2
+    assert "What the layers cost" not in render(pruned(WIDTH.model_copy(update={"earlier": None})))
 
 
 def test_a_run_without_records_of_its_steps_has_no_such_section() -> None:

@@ -83,6 +83,27 @@ def test_a_step_that_cannot_be_applied_is_named(calm: Store, cutting: None, monk
     assert made.weight_bytes("quantize", "a") is None
 
 
+def test_blocks_that_cannot_be_made_narrower_are_found_before_any_work(
+    calm: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pennyweight import sources
+
+    kinds = {
+        "phi3": ({"pad_token_id": 0, "eos_token_id": 0}, "gate_up_proj, down_proj, and no feed-forward net of 160"),
+        "mixtral": ({"num_local_experts": 2}, "has experts"),
+    }
+    narrower = {"prune": {"ffn": 0.5, "text": "wiki", "length": 32}}
+    steps = {"a": [narrower], "b": [{"prune": {"drop": [1]}}], "c": [{"prune": {"drop": [1]}}, narrower]}
+    for kind, (changes, words) in kinds.items():
+        config = CONFIG | {"model_type": kind} | changes
+        monkeypatch.setattr(sources, "base_config", lambda base, store, config=config: config)
+        gate = [{"metric": "perplexity", "relative_within": 0.1}]
+        made = make_plan(recipe(steps, gate=gate), calm)
+        assert [path for path, _ in problems(made)] == ["variants.a.0.prune", "variants.c.1.prune"]
+        assert all(words in message and "leave `ffn` out" in message for _, message in problems(made))
+        assert made.weight_bytes("prune", "b") and made.weight_bytes("prune", "a") is None
+
+
 def test_hidden_states_of_another_width_cannot_be_compared(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2}
     monkeypatch.setattr(shapes, "config_after", lambda config, step: config | narrow)

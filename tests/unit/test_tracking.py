@@ -25,6 +25,7 @@ from pennyweight.records import (
     Interval,
     MetricValue,
     Percentiles,
+    Pruning,
     QualityReport,
     RecipeRef,
     Roofline,
@@ -561,6 +562,33 @@ def test_bounds_and_energy_are_logged_beside_the_cost() -> None:
         "mfu": 0.1,
         "joules_per_output_token": 0.3,
     }
+
+
+def test_what_pruning_cost_is_logged_with_each_candidate(store: Path, client: Any) -> None:
+    first = Pruning(
+        removed=[2, 5], layers=(10, 8), measure="kl", refitted=8, kl_cut=0.3, kl_influence=0.5, kl=0.2,
+        curve=[(1, 0.1), (2, 0.3)], parameters=(1000, 800), weight_bytes=(2000, 1600), reload_difference=0.0,
+        seconds=1.0,
+    )  # fmt: skip
+    changes = {"removed": [0], "layers": (8, 7), "kl": 0.25, "curve": [(1, 0.4)], "parameters": (800, 700)}
+    second = first.model_copy(update={**changes, "kl_cut": 0.4, "kl_influence": None, "earlier": first})
+    record = make_run(store / "pruned", "pruned", model=None)
+    base, int8 = record.candidates
+    checkpoint = int8.checkpoint.model_copy(update={"pruning": second})
+    record = record.model_copy(update={"candidates": [base, int8.model_copy(update={"checkpoint": checkpoint})]})
+    log(record)
+    runs = {run.info.run_name: run for run in runs_of(client, "pruned")}
+    found = runs["int8@onnxruntime"].data.metrics
+    assert {name: value for name, value in found.items() if name.startswith("pruning/")} == {
+        "pruning/layers_removed": 3,
+        "pruning/parameters_kept": 0.7,
+        "pruning/kl_before_fit": 0.4,
+        "pruning/kl_after_fit": 0.25,
+        "pruning/kl_by_layers": 0.4,
+    }
+    curve = client.get_metric_history(runs["int8@onnxruntime"].info.run_id, "pruning/kl_by_layers")
+    assert [(point.step, point.value) for point in curve] == [(1, 0.1), (2, 0.3), (3, 0.4)]
+    assert not [name for name in runs["base@onnxruntime"].data.metrics if name.startswith("pruning/")]
 
 
 def test_a_trainings_curves_are_there_while_it_goes_on(client: Any) -> None:

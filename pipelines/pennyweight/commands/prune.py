@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from pennyweight.commands.common import friendly, json_option, print_json, say
 
 if TYPE_CHECKING:
-    from pennyweight.recipe import DataSource
+    from pennyweight.recipe import Base, DataSource
 
 
 @click.command("prune-scan")
@@ -23,20 +23,18 @@ if TYPE_CHECKING:
 @friendly
 def prune_scan(source: str, text: str, layers: int, windows: int, length: int, as_json: bool) -> int:
     """Print KL against layers taken out, greedily by KL and by influence, before anything is cut."""
-    from pennyweight import checkpoints, datasets
-    from pennyweight.pruning.scan import format_scan, scan
+    from pennyweight import datasets, machine
+    from pennyweight.pruning.scan import check, format_scan, scan
     from pennyweight.sources import fetch_base
     from pennyweight.stages.texts import load_tokenizer
     from pennyweight.store import Store
 
     data, base = _data(source, text)
-    if base is None:
-        checkpoint = checkpoints.describe(Path(source), source)
-    else:
-        checkpoint, _ = fetch_base(base, Store())
+    checkpoint, _ = fetch_base(base, Store())
+    check(checkpoint, layers, length)
     path, _ = datasets.fetch(text, data, Store())
     cut, _ = datasets.windows(load_tokenizer(checkpoint), datasets.texts(path), windows, length, 0)
-    found = scan(checkpoint, text, cut, layers, lambda detail, done: say(f"    {done:.0%}, {detail}"))
+    found = scan(checkpoint, text, cut, layers, _say_how_it_goes, machine.resolve_device("auto"))
     if as_json:
         print_json(found.model_dump(mode="json"))
     else:
@@ -44,11 +42,15 @@ def prune_scan(source: str, text: str, layers: int, windows: int, length: int, a
     return 0
 
 
-def _data(source: str, text: str) -> tuple[DataSource, Any]:
-    """The data set of that name, and the recipe's base; no base where `source` is a checkpoint's folder."""
+def _say_how_it_goes(detail: str, done: float) -> None:
+    say(f"    {done:.0%}, {detail}")
+
+
+def _data(source: str, text: str) -> tuple[DataSource, Base]:
+    """The data set of that name, and the recipe's base or the checkpoint in the folder `source`."""
     from pennyweight import shipped
     from pennyweight.errors import UsageError, did_you_mean
-    from pennyweight.recipe import DataSource, load_recipe
+    from pennyweight.recipe import Base, DataSource, load_recipe
 
     recipe = None if Path(source).is_dir() else load_recipe(source, [])
     known = {name: DataSource.model_validate(body) for name, body in shipped.sources().items()}
@@ -56,4 +58,4 @@ def _data(source: str, text: str) -> tuple[DataSource, Any]:
     known = {name: data for name, data in known.items() if data.text}
     if text not in known:
         raise UsageError(f"there is no text called {text!r}", did_you_mean(text, list(known)))
-    return known[text], recipe.base if recipe else None
+    return known[text], recipe.base if recipe else Base(uri=f"file:{source}")

@@ -114,7 +114,8 @@ def check_bases(recipe: Recipe, shapes: Shapes, found: Problems) -> None:
         try:
             difference = vocabulary.difference(other, folder) if folder and other else None
         except SourceError as error:
-            difference = error.message
+            found.add(f"bases.{name}", error.message, error.hint)
+            continue
         if difference := difference or vocabulary.difference_of_rows(shape.head[0], own.head[0]):
             found.add(f"bases.{name}", difference, vocabulary.HINT)
 

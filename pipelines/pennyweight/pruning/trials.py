@@ -103,7 +103,11 @@ class Trials:
 
 
 class Expected:
-    """What the whole model predicts of one batch. Its probabilities are kept: many trials are compared with them."""
+    """What the whole model predicts of one batch. Its probabilities are kept: many trials are compared with them.
+
+    A loss to train by, as in `healing.loss`, has one comparison for each batch and gives a gradient. It computes the
+    teacher's logits every time, which would double the head's work here.
+    """
 
     def __init__(self, trials: Trials, batch: int):
         self._head = trials.model.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pennyweight.columns import spans
 from pennyweight.records import Checkpoint, Distillation, Healing, Pruning, Rounding, RunRecord
 from pennyweight.report import text
 from pennyweight.report.markup import Html, el
@@ -32,11 +33,12 @@ def _cells(made: Checkpoint, start: str) -> list[Html]:
     uri, *steps = made.origin.split(" → ")
     if start != "base":
         steps = [f"from {start}, {uri}", *steps]
-    seconds = sum(part.seconds for part in (made.pruning, made.distillation, made.rounding, made.healing) if part)
+    pruned = made.pruning.all if made.pruning else []
+    seconds = sum(part.seconds for part in (*pruned, made.distillation, made.rounding, made.healing) if part)
     proved = made.rounding or made.pruning
     return [
         el("td", [el("div", step) for step in steps], class_="text"),
-        el("td", _taken_out(made.pruning), class_="text"),
+        el("td", [line for step in pruned for line in _taken_out(step)] or text.MISSING, class_="text"),
         el("td", _integers(made.rounding), class_="text"),
         el("td", f"{proved.reload_difference:.2g} nats" if proved else text.MISSING, class_="text"),
         el("td", [*_distillation(made.distillation), *_healing(made.healing)] or text.MISSING, class_="text"),
@@ -44,24 +46,23 @@ def _cells(made: Checkpoint, start: str) -> list[Html]:
     ]
 
 
-def _taken_out(pruning: Pruning | None) -> list[Html] | str:
-    if pruning is None:
-        return text.MISSING
+def _taken_out(pruning: Pruning) -> list[Html]:
     lines = []
     if pruning.removed:
-        numbers = ", ".join(map(str, pruning.removed))
         chosen = "" if pruning.measure == "named" else f" by {pruning.measure}"
-        lines.append(f"layers {numbers} of {pruning.layers[0]}{chosen}")
+        which = "layer" if len(pruning.removed) == 1 else "layers"
+        lines.append(f"{which} {spans(pruning.removed)} of {pruning.layers[0]}{chosen}")
     for name, pair in (("FFN channels", pruning.channels), ("KV heads", pruning.kv_groups)):
         if pair:
             lines.append(f"{name}: {pair[0]:,} → {pair[1]:,}")
     lines.append(f"parameters: {pruning.parameters[0] / 1e6:,.1f} M → {pruning.parameters[1] / 1e6:,.1f} M")
     lines.append(f"weights: {text.size(pruning.weight_bytes[0])} → {text.size(pruning.weight_bytes[1])}")
     if pruning.kl is not None:
-        fit = f", {pruning.refitted} blocks refitted" if pruning.refitted else ""
-        lines.append(f"held-out KL {text.number(pruning.kl)}{fit}")
-    if pruning.kl_cut is not None and pruning.measure == "kl":
-        lines.append(f"before any fit {text.number(pruning.kl_cut)}; by influence {text.number(pruning.kl_influence)}")
+        fit = f", {pruning.refitted} {'block' if pruning.refitted == 1 else 'blocks'} refitted"
+        lines.append(f"held-out KL {text.number(pruning.kl)}{fit if pruning.refitted else ''}")
+    if pruning.kl_cut is not None:
+        influence = f"; by influence {text.number(pruning.kl_influence)}" if pruning.measure != "influence" else ""
+        lines.append(f"without those layers alone {text.number(pruning.kl_cut)}{influence}")
     return [el("div", line) for line in lines]
 
 

@@ -49,7 +49,14 @@ def tokens(folder: Path) -> dict[str, int]:
 
         return AutoTokenizer.from_pretrained(folder).get_vocab()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SourceError(f"{folder} has no tokenizer that can be read: {error}") from None
+        raise no_tokenizer(folder, error) from None
+
+
+def no_tokenizer(folder: Path, error: Exception) -> SourceError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    reason = "" if first.endswith(":") else f": {first}"  # a list follows, of what transformers would have taken
+    hint = "a checkpoint needs its model's tokenizer beside the weights: tokenizer.json, tokenizer_config.json"
+    return SourceError(f"{folder} has no tokenizer that can be read{reason}", hint)
 
 
 def _of_file(body: dict[str, Any]) -> dict[str, int]:

@@ -203,9 +203,15 @@ def task_data(ref: TaskRef) -> str:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Raises SourceError where the checkpoint has no tokenizer that can be read."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint.path)
+    from pennyweight.sources import vocabulary
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise vocabulary.no_tokenizer(Path(checkpoint.path), error) from None
 
 
 def tokenizer_digest(folder: Path) -> list[list[str]]:

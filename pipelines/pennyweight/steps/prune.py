@@ -55,6 +55,7 @@ def run(checkpoint: Checkpoint, step: Prune, context: StepContext, files: Path) 
         refitted = 0 if text is None else reduce.reduce(model, cut, text, _part(context, 0.7, 1.0))
         reduce.become(model, removed, text_model(config), text_model(after))
         kl = seen.now() if seen else None
+        _show(context, curve, kl)
         write(source, files, model, after, removed, checkpoint.dtype)
         difference = verify.check_reload(files, model)
     made = checkpoints.describe(files, origin="")
@@ -73,7 +74,16 @@ def run(checkpoint: Checkpoint, step: Prune, context: StepContext, files: Path) 
         weight_bytes=(checkpoint.weight_bytes, made.weight_bytes),
         reload_difference=difference,
         seconds=time.monotonic() - begin,
+        earlier=checkpoint.pruning,
     )
+
+
+def _show(context: StepContext, curve: list[tuple[int, float]], kl: float | None) -> None:
+    """Tell the curve of blocks taken out against held-out KL, and what it is once what stays was fitted."""
+    for number, found in curve:
+        context.measure(number, {"held_out_kl": found})
+    if kl is not None:
+        context.measure(curve[-1][0] if curve else 0, {"held_out_kl_fitted": kl})
 
 
 def possible(config: dict[str, Any], step: Prune) -> None:

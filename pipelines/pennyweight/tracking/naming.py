@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pennyweight.gate.words import number
-from pennyweight.records import CandidateResult, CostPoint, RunRecord, Verdict
+from pennyweight.records import CandidateResult, CostPoint, Pruning, RunRecord, Verdict
 from pennyweight.store import digest_of
 from pennyweight.tracking.connection import redact
 
@@ -20,7 +20,8 @@ MAX_KEY, MAX_PARAM, MAX_TAG = 250, 6000, 8000
 
 
 class Measure(NamedTuple):
-    """One number to log. `step` is the concurrency for a metric of `by_concurrency/`, else 0."""
+    """One number to log. `step` is the concurrency for a metric of `by_concurrency/`, how many layers were taken out
+    for `pruning/kl_by_layers`, else 0."""
 
     name: str
     value: float
@@ -144,6 +145,22 @@ def candidate_measures(record: RunRecord, result: CandidateResult) -> list[Measu
         if candidate.parity:
             measures.append(Measure("parity/kl_mean", candidate.parity.kl_mean))
             measures.append(Measure("parity/top1_agreement", candidate.parity.top1_agreement))
+    if result.checkpoint and result.checkpoint.pruning:
+        measures += pruning_measures(result.checkpoint.pruning)
+    return measures
+
+
+def pruning_measures(pruning: Pruning) -> list[Measure]:
+    """What all `prune` steps took out, the divergence that the last one left, and the curve of held-out KL from the
+    checkpoint before each against layers taken out."""
+    steps = pruning.all
+    removed, kept = [len(step.removed) for step in steps], pruning.parameters[1] / steps[0].parameters[0]
+    measures = [Measure("pruning/layers_removed", sum(removed)), Measure("pruning/parameters_kept", kept)]
+    kls = {"kl_before_fit": pruning.kl_cut, "kl_by_influence": pruning.kl_influence, "kl_after_fit": pruning.kl}
+    measures += [Measure(f"pruning/{name}", value) for name, value in kls.items() if value is not None]
+    for index, step in enumerate(steps):
+        before = sum(removed[:index])
+        measures += [Measure("pruning/kl_by_layers", kl, before + number) for number, kl in step.curve]
     return measures
 
 
