@@ -267,17 +267,18 @@ def token_overlap(
     )
 
 
-def refuse_overlap(found: Overlap, name: str) -> None:
-    """Raise StageError when more than MAX_OVERLAP of the evaluation is copied from the calibration text of `name`.
+def refuse_overlap(found: Overlap, name: str, key: str) -> None:
+    """Raise StageError when more than MAX_OVERLAP of the evaluation is copied from the text of `name`, which the
+    recipe's `key` names.
 
     Touvron et al. (2023), Llama 2, app. A.6, measure contamination in the same way, as the share of a sample's tokens
     that lie inside long common n-grams.
     """
     if found.fraction > MAX_OVERLAP:
         raise StageError(
-            f"{name} calibrates on text that the evaluation uses: {found.fraction:.1%} of the evaluation's "
+            f"{name} learns from text that the evaluation uses: {found.fraction:.1%} of the evaluation's "
             f"tokens, in {found.touched} of {found.documents} documents; the longest run: {found.example}",
-            "calibrate on another data set than the suite's",
+            f"name another data set than the suite's in `{key}`, or report it all the same with `allow_overlap: true`",
         )
 
 

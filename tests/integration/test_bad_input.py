@@ -71,12 +71,13 @@ def test_calibration_on_the_evaluation_text(tiny_recipe_text: str, tmp_path: Pat
     assert record["status"] == "partial"
     refused_one = next(result for result in record["candidates"] if result["variant"] == "int4-gptq")
     assert refused_one["verdict"]["status"] == "error"
-    assert "calibrates on text that the evaluation uses" in refused_one["verdict"]["reasons"][0]
+    assert "int4-gptq learns from text that the evaluation uses" in refused_one["verdict"]["reasons"][0]
+    assert "`variants.int4-gptq.0.quantize.calibrate`" in refused_one["verdict"]["reasons"][0]
     allowed = "variants.int4-gptq.0.quantize.calibrate.allow_overlap=true"
     done = pennyweight("run", "tiny.yaml", allowed, cwd=tmp_path, store=tmp_path / "store")
     record = latest(tmp_path)
     assert record["status"] == "passed", done.stderr
-    assert any(note.startswith("Allowed by the recipe: int4-gptq calibrates on text") for note in record["notes"])
+    assert any(note.startswith("Allowed by the recipe: int4-gptq learns from text") for note in record["notes"])
 
 
 def test_a_task_whose_data_lie_on_a_hub_that_is_not_there(tiny_recipe_text: str, tmp_path: Path) -> None:
@@ -162,4 +163,4 @@ def test_one_variant_that_fails_does_not_stop_the_others(tiny_recipe_text: str, 
     assert record["winner"] == "int8@onnxruntime"
     failed = next(result for result in record["candidates"] if result["variant"] == "int4-gptq")
     assert failed["verdict"]["status"] == "error"
-    assert "calibration" in failed["verdict"]["reasons"][0] or "windows" in failed["verdict"]["reasons"][0]
+    assert failed["verdict"]["reasons"][0].startswith("variants.int4-gptq.0.quantize.calibrate: the text gives ")

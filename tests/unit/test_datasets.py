@@ -260,8 +260,9 @@ def test_shared_windows_are_refused_with_an_example() -> None:
     calibration = np.stack([evaluation[3] + 5000, evaluation[7]])
     found = datasets.token_overlap(calibration, evaluation, decode=lambda ids: f"{ids[0]}…{ids[-1]}")
     assert found.fraction == 0.1
-    with pytest.raises(StageError, match=r"int4/0 calibrates .* 10\.0% of .*s tokens, in 1 of 10 doc") as caught:
-        datasets.refuse_overlap(found, "int4/0")
+    with pytest.raises(StageError, match=r"int4 learns .* 10\.0% of .*s tokens, in 1 of 10 doc") as caught:
+        datasets.refuse_overlap(found, "int4", "variants.int4.0.quantize.calibrate")
+    assert "data set than the suite's in `variants.int4.0.quantize.calibrate`" in str(caught.value)
     assert "160 in document 8 from number 1: «1120…1139»" in str(caught.value)
 
 
@@ -270,7 +271,7 @@ def test_a_stock_phrase_is_no_leak() -> None:
     calibration = np.concatenate([np.full(50, 9999), evaluation[0, :16]])[None]
     found = datasets.token_overlap(calibration, evaluation)
     assert (found.shared, found.fraction) == (4, 0.01)
-    datasets.refuse_overlap(found, "int4/0")
+    datasets.refuse_overlap(found, "int4", "")
 
 
 # --- conversations ----------------------------------------------------------------------------------------------------

@@ -799,7 +799,7 @@ def test_a_pruned_variant_is_planned_before_anything_is_cut(calm: Store) -> None
     )
     assert made.weight_bytes("prune", "half") == 2 * (EMBEDDING + LAYER + 3 * 96)
     assert made.weight_bytes("prune", "narrow") == 2 * (EMBEDDING + 2 * (LAYER - 3 * 80 * 96) + NORMS)
-    note = next(note for stage in made.stages for note in stage.notes if note.startswith("half: prune 1 layers by kl"))
+    note = next(note for stage in made.stages for note in stage.notes if note.startswith("half: prune 1 layer by kl"))
     assert "0.2 M → 0.1 M parameters" in note and "× on onnxruntime" in note
     assert made.expected_seconds("prune", "half")
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pennyweight import checkpoints, cli
 from pennyweight.columns import spans
-from pennyweight.errors import StageError, UsageError
+from pennyweight.errors import StageError, StoreError, UsageError
+from pennyweight.plan.shapes import config_after
 from pennyweight.pruning import depth
 from pennyweight.pruning.columns import without_inputs
 from pennyweight.pruning.config import cut_config, kept_channels, pruned_config
@@ -27,6 +28,7 @@ from pennyweight.quantization import decoder
 from pennyweight.quantization.walk import Block, at_the_first_block
 from pennyweight.recipe import Prune
 from pennyweight.steps import StepContext, prune
+from pennyweight.store import Store
 
 WINDOWS = torch.randint(1, 200, (16, 16), generator=torch.Generator().manual_seed(3))
 SMALL = {
@@ -309,8 +311,39 @@ def test_blocks_that_cannot_be_made_narrower_are_refused_from_the_config(
 ) -> None:
     config = {"model_type": kind, **({} if kind == "gpt2" else SMALL), **OTHERS[kind]}
     with pytest.raises(ValueError, match=words):
-        pruned_config(config, Prune(text="any", **settings))
-    assert pruned_config(config, Prune(drop=[1])) != config
+        config_after(config, Prune(text="any", **settings))
+    assert config_after(config, Prune(drop=[1])) != config
+
+
+@pytest.mark.parametrize("settings", [{"drop": [0]}, {"layers": 2, "text": "any"}])
+def test_blocks_that_would_be_of_another_kind_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    """DeepSeek's first blocks, by number, have no experts."""
+    config = {
+        "model_type": "deepseek_v3", **SMALL, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 8, "kv_lora_rank": 8,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="without block 0, block 1 becomes number 0, which is put together in another"):
+        config_after(config, Prune(**settings))
+    assert config_after(config, Prune(drop=[1, 4]))["num_hidden_layers"] == 4
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path)
+    with pytest.raises(StageError, match="prune: without block 0"):
+        prune.run(checkpoints.describe(tmp_path, "test"), Prune(**settings), StepContext("cpu", 0), tmp_path)
+
+
+def test_blocks_whose_kind_moves_with_them_can_go() -> None:
+    """Qwen3-Next lists the kind of each block."""
+    config = {
+        "model_type": "qwen3_next",
+        **SMALL,
+        "num_experts": 2,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 8,
+    }
+    made = config_after(config, Prune(layers=2, text="any"))
+    assert made["num_hidden_layers"] == 6 == len(made["layer_types"])
+    assert len(set(made["layer_types"])) == 2
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -375,6 +408,8 @@ def test_channels_that_stay_are_a_multiple_that_groups_fit_in() -> None:
         ({"ffn": 0, "text": "any"}, "greater than 0"),
         ({"kv_groups": 0, "text": "any"}, "greater than or equal to 1"),
         ({"ffn": 0.5, "choose": "influence", "text": "any"}, "`choose` needs `layers`"),
+        ({"drop": [1], "samples": 64}, "`samples` is about `text`, and there is none"),
+        ({"drop": [1], "allow_overlap": True}, "`allow_overlap` is about `text`"),
         ({"sparsity": "2:4"}, "sparse tensor cores"),
         ({"sparsity": "unstructured"}, "no runtime here"),
     ],
@@ -382,6 +417,20 @@ def test_channels_that_stay_are_a_multiple_that_groups_fit_in() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Prune(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layers": 1, "text": "any"}, "prune 1 layer by kl, refitted"),
+        ({"drop": [5, 2, 3, 4, 9], "kv_groups": 1, "text": "any"}, "prune layers 2–5, 9, 1 KV group, refitted"),
+        ({"drop": [2]}, "prune layer 2"),
+    ],
+)
+def test_a_step_says_what_it_takes(settings: dict[str, Any], words: str) -> None:
+    step = Prune(**settings)
+    assert step.describe() == words
+    assert Prune.model_validate(step.model_dump(mode="json")) == step
 
 
 def test_a_scan_prints_what_each_removal_costs(tiny_model: Path) -> None:
@@ -446,3 +495,31 @@ def test_what_is_measured_is_told_while_it_is_made(tmp_path: Path) -> None:
     again = prune.run(shorter, Prune(text="any", samples=16, length=16, ffn=0.5), context, narrower)
     assert again.all == [record, again] and record.all == [record]
     assert told[-1] == (0, {"held_out_kl_fitted": again.kl})
+
+
+def test_a_disk_that_is_full_leaves_nothing_and_the_next_try_has_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    source, store = tmp_path / "source", Store(tmp_path / "store")
+    small_model().save_pretrained(source)
+    write = huggingface_hub.save_torch_state_dict
+
+    def full(tensors: Any, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def build(files: Path) -> dict[str, Any]:
+        step = Prune(drop=[1])
+        return prune.run(checkpoints.describe(source, "test"), step, StepContext("cpu", 0), files).model_dump(
+            mode="json"
+        )
+
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", full)
+    with pytest.raises(StoreError, match="no space left on the disk"):
+        store.get_or_build("step", {}, build)
+    assert not list((tmp_path / "store" / "tmp").iterdir()) and store.find("step", {}) is None
+    monkeypatch.setattr(huggingface_hub, "save_torch_state_dict", write)
+    made = store.get_or_build("step", {}, build)
+    assert not made.reused and checkpoints.describe(made.files, "test").parameters == made.record["parameters"][1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from pennyweight.distillation.config import student_config
 from pennyweight.plan.sizes import ModelShape, model_shape
+from pennyweight.pruning import blocks
 from pennyweight.pruning.config import pruned_config
 from pennyweight.recipe import Recipe, Step
 from pennyweight.store import digest_of
@@ -22,6 +23,7 @@ def config_after(config: dict[str, Any], step: Step) -> dict[str, Any]:
         case "distill":
             return student_config(config, step)
         case "prune":
+            blocks.check(config, step)
             return pruned_config(config, step)
         case "from" | "quantize" | "recover":
             return config

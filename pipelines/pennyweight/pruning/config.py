@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from copy import deepcopy
-from functools import lru_cache
 from typing import Any
 
-from pennyweight.errors import StageError
 from pennyweight.recipe import Prune
 
 #: Channels go by so many where the model has a multiple of it, so that groups of quantized weights still fit; by fewer
@@ -26,10 +23,7 @@ BATCH_TOKENS = 512
 
 def pruned_config(config: dict[str, Any], step: Prune) -> dict[str, Any]:
     """The config of a model after `step`. Which blocks a search will take is not known yet; evenly spread ones stand
-    for them. Raises ValueError, with a message for the recipe's author, where the model has not as much to take out, or
-    has blocks that cannot be made narrower."""
-    if (step.ffn or step.kv_groups) and (reason := _unfit(json.dumps(config), bool(step.ffn), bool(step.kv_groups))):
-        raise ValueError(reason)
+    for them. Raises ValueError, with a message for the recipe's author, where the model has not as much to take out."""
     count = layer_count(config)
     return cut_config(config, step.drop or spread(count, step.removed_layers), step.ffn, step.kv_groups)
 
@@ -46,35 +40,15 @@ def cut_config(
     parsed = text_model(config)
     section |= _without_layers(parsed, removed) if removed else {}
     if ffn is not None:
-        section["intermediate_size"] = kept_channels(_whole(parsed, "intermediate_size", "ffn"), ffn)
+        section["intermediate_size"] = kept_channels(whole(parsed, "intermediate_size", "ffn"), ffn)
     if kv_groups is not None:
         section |= _without_groups(parsed, kv_groups)
     _check(cut)
     return cut
 
 
-@lru_cache(maxsize=64)
-def _unfit(config: str, ffn: bool, kv_groups: bool) -> str | None:
-    """Why the blocks of a model, its config as JSON, cannot be made narrower. Takes no memory for its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from pennyweight.pruning import parts
-
-    body = json.loads(config)
-    known = text_model(body)
-    channels = _whole(known, "intermediate_size", "ffn") if ffn else None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(_parsed(body))
-    try:
-        parts.check(model, channels, head_dim(known) if kv_groups else None)
-    except StageError as error:
-        return f"{error.message}; {error.hint}"
-    return None
-
-
 def layer_count(config: dict[str, Any]) -> int:
-    return _whole(text_model(config), "num_hidden_layers", "layers")
+    return whole(text_model(config), "num_hidden_layers", "layers")
 
 
 def spread(count: int, removed: int) -> list[int]:
@@ -95,7 +69,7 @@ def kept_channels(channels: int, fraction: float) -> int:
 
 
 def _without_layers(parsed: Any, removed: list[int]) -> dict[str, Any]:
-    count = _whole(parsed, "num_hidden_layers", "layers")
+    count = whole(parsed, "num_hidden_layers", "layers")
     if wrong := [block for block in removed if not 0 <= block < count]:
         raise ValueError(f"the model has blocks 0 to {count - 1}, and none of number {wrong[0]}")
     if len(removed) >= count:
@@ -112,7 +86,7 @@ def _without_layers(parsed: Any, removed: list[int]) -> dict[str, Any]:
 
 
 def _without_groups(parsed: Any, removed: int) -> dict[str, Any]:
-    heads, groups = (_whole(parsed, key, "kv_groups") for key in ("num_attention_heads", "num_key_value_heads"))
+    heads, groups = (whole(parsed, key, "kv_groups") for key in ("num_attention_heads", "num_key_value_heads"))
     if removed >= groups:
         raise ValueError(f"kv_groups: {removed} of {groups} key/value heads leave none; {_at_most(groups)}")
     kept = groups - removed
@@ -138,14 +112,15 @@ def _check(cut: dict[str, Any]) -> None:
 
 def text_model(config: dict[str, Any]) -> Any:
     """The text model's config, with all that its architecture derives."""
-    return _parsed(config).get_text_config()
+    return parse(config).get_text_config()
 
 
 def head_dim(parsed: Any) -> int:
     return getattr(parsed, "head_dim", None) or parsed.hidden_size // parsed.num_attention_heads
 
 
-def _parsed(config: dict[str, Any]) -> Any:
+def parse(config: dict[str, Any]) -> Any:
+    """The whole model's config. Raises ValueError for an architecture that transformers does not know."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if config.get("model_type") not in CONFIG_MAPPING:
@@ -153,7 +128,8 @@ def _parsed(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(**{key: value for key, value in config.items() if key != "quantization_config"})
 
 
-def _whole(parsed: Any, key: str, setting: str) -> int:
+def whole(parsed: Any, key: str, setting: str) -> int:
+    """A number of the config that `setting` of a step is about. Raises ValueError where it states none, or several."""
     value = getattr(parsed, key, None)
     if not isinstance(value, int):
         raise ValueError(f"{setting}: the model's config states no single `{key}`; leave `{setting}` out")

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from pennyweight.columns import spans
 from pennyweight.recipe.calibration import Calibration
 from pennyweight.schema import Section
 
@@ -77,6 +78,10 @@ class Prune(Section):
     def _has_text(self) -> Prune:
         if self.text is None and (chosen := [key for key in ("layers", "ffn", "kv_groups") if getattr(self, key)]):
             raise ValueError(f"`{chosen[0]}` is chosen by text; add `text: boolq-passages` or another data set")
+        about_text = ("samples", "length", "allow_overlap")
+        changed = [key for key in about_text if getattr(self, key) != type(self).model_fields[key].default]
+        if self.text is None and changed:
+            raise ValueError(f"`{changed[0]}` is about `text`, and there is none; add `text`, or remove it")
         return self
 
     @property
@@ -95,8 +100,12 @@ class Prune(Section):
         return Calibration(source=self.text, samples=self.samples, length=self.length, allow_overlap=self.allow_overlap)
 
     def describe(self) -> str:
-        parts = [f"{self.layers} layers by {self.choose}"] if self.layers else []
-        parts += [f"layers {', '.join(map(str, sorted(self.drop)))}"] if self.drop else []
+        parts = [f"{self.layers} {_layers(self.layers)} by {self.choose}"] if self.layers else []
+        parts += [f"{_layers(len(self.drop))} {spans(sorted(self.drop))}"] if self.drop else []
         parts += [f"{self.ffn:.3g} of the FFN channels"] if self.ffn else []
-        parts += [f"{self.kv_groups} KV groups"] if self.kv_groups else []
+        parts += [f"{self.kv_groups} KV group{'s' if self.kv_groups > 1 else ''}"] if self.kv_groups else []
         return f"prune {', '.join(parts)}{', refitted' if self.refit and self.text else ''}"
+
+
+def _layers(count: int) -> str:
+    return "layer" if count == 1 else "layers"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import datasets, runtimes, shipped
 from pennyweight.errors import StageError
+from pennyweight.recipe import Recipe
 from pennyweight.records import Checkpoint
 from pennyweight.stages.run import Run
 from pennyweight.store import Entry, file_digest
@@ -93,7 +94,7 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
             except StageError as error:
                 if not purpose.startswith("calibration/"):
                     raise
-                failures[purpose] = str(error)
+                failures[purpose] = f"{_key(recipe, purpose)}: {error}"
                 continue
             stage.reused &= entry.reused
             folders[purpose] = entry.files
@@ -181,10 +182,11 @@ def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Text
                 variant, _, index = name.removeprefix("calibration/").rpartition("/")
                 calibrate = run.recipe.variants[variant][int(index)].calibrate
                 try:
-                    datasets.refuse_overlap(datasets.Overlap.model_validate(entry.record), variant)
+                    found = datasets.Overlap.model_validate(entry.record)
+                    datasets.refuse_overlap(found, variant, _key(run.recipe, name))
                 except StageError as error:
                     if calibrate and calibrate.allow_overlap:
-                        notes.append(f"Allowed by the recipe: {error}")
+                        notes.append(f"Allowed by the recipe: {error.message}")
                     else:
                         failures[name] = str(error)
     return replace(texts, failures=failures, notes=notes)
@@ -192,6 +194,13 @@ def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Text
 
 def calibration_name(variant: str, index: int) -> str:
     return f"calibration/{variant}/{index}"
+
+
+def _key(recipe: Recipe, calibration: str) -> str:
+    """The recipe's key that names the text of a step, from its `calibration_name`."""
+    variant, _, index = calibration.removeprefix("calibration/").rpartition("/")
+    step = recipe.variants[variant][int(index)]
+    return f"variants.{variant}.{index}.{step.kind}.{step.text_key}"
 
 
 def text_name(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pennyweight import checkpoints
 from pennyweight.errors import StageError
 from pennyweight.memory import out_of_memory_of
+from pennyweight.pruning import blocks
 from pennyweight.pruning.config import cut_config, head_dim, kept_channels, pruned_config, text_model
 from pennyweight.quantization import decoder, verify
 from pennyweight.recipe import Prune
@@ -48,6 +49,7 @@ def run(checkpoint: Checkpoint, step: Prune, context: StepContext, files: Path) 
             assert text is not None
             choices = depth.choose(model, text, step.layers, step.choose, _part(context, 0.0, 0.7))
             removed = choices[-1].removed
+            possible(config, Prune(drop=sorted(removed)))
         curve = [(len(choice.removed), seen.kl(choice.removed)) for choice in choices] if seen else []
         kl_cut = seen.kl(removed) if seen and removed else None
         kl_influence = seen.kl(depth.least_influential(seen, len(removed))) if seen and removed else None
@@ -89,6 +91,7 @@ def _show(context: StepContext, curve: list[tuple[int, float]], kl: float | None
 def possible(config: dict[str, Any], step: Prune) -> None:
     """Raise StageError where a model of that config has not that much to take out."""
     try:
+        blocks.check(config, step)
         pruned_config(config, step)
     except ValueError as error:
         raise StageError(f"prune: {error}") from None
