@@ -71,7 +71,7 @@ def kept_channels(channels: int, fraction: float) -> int:
 def _without_layers(parsed: Any, removed: list[int]) -> dict[str, Any]:
     count = whole(parsed, "num_hidden_layers", "layers")
     if wrong := [block for block in removed if not 0 <= block < count]:
-        raise ValueError(f"the model has blocks 0 to {count - 1}, and none of number {wrong[0]}")
+        raise ValueError(f"drop: the model has blocks 0 to {count - 1}, and none of number {wrong[0]}")
     if len(removed) >= count:
         raise ValueError(f"{len(removed)} of {count} blocks leave none; {_at_most(count)}")
     kept = [block for block in range(count) if block not in removed]
