@@ -23,8 +23,9 @@ LOGIT_BYTES = 4 * 4 * 256 * 49152
 #: The same of TRL's loss, for each of the positions that it takes at once. On a GPU its kernels work in place.
 TRL_POSITION_BYTES = {"cpu": 4 * 12 * 32768, "cuda": 4 * 2 * 32768}
 TRL_POSITIONS = 4096
-#: Times as long a token takes to write where the weights that learn, in float32, are cast for it.
-CASTING = {"float32": 1.0, "bfloat16": 2.5, "float16": 2.5}
+#: Bytes that move for a weight at each token written, over those of a weight in the dtype that is computed with: what
+#: learns is kept in float32, is read (4), cast (2) and read again (2).
+CASTING = {"float32": 1, "bfloat16": 4, "float16": 4}
 
 
 def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill) -> StageEstimate:
