@@ -37,7 +37,7 @@ def reduce(model: Any, cut: Cut, windows: torch.Tensor, report: Callable[[str, f
     for `drop_blocks`. Returns how many blocks were refitted.
 
     Two streams of hidden states go through the text: the whole model's, and that of what stays, which sees its own
-    errors. A block is fitted to the whole model's states at the next block that stays; the first to be fitted is the one
+    errors. A block is fitted to the whole model's states at the next block that stays; the first that is fitted comes
     before the first that goes.
     """
     name, blocks = decoder.blocks(model)
