@@ -1,17 +1,12 @@
-"""Distillation with a live and with a cached teacher, side by side, and its loss beside the dense one.
+"""Distillation with a live and with a cached teacher, side by side.
 
     python bench/distillation.py MODEL TEXT [--drop 9,10,11] [--steps 40] [--judge TEXT]
-    python bench/distillation.py --loss [--tokens 4096] [--vocabulary 49152] [--width 576]
 
 MODEL is a checkpoint's folder, TEXT a JSONL file with `text` in each row. The student is the model without the layers
 that `--drop` names. Each kind of teacher trains it alike, in a store of its own that is thrown away, and the median
 step counts: what the teacher says is written before, and its seconds and bytes are told apart. Bars: a step with a
 cached teacher 1.25 times as fast as with a live one, at a held-out KL within 1%. `--judge` adds how much is regained of
 the perplexity that the layers took on other text.
-
-`--loss` measures in processes of their own. Peak memory is the resident set's highest mark above what it was before the
-loss was computed, forward and backward, with gradients of states and head. Bars: a quarter of the dense loss's memory,
-gradients within 1e-5 of its.
 """
 
 from __future__ import annotations
@@ -20,9 +15,6 @@ import argparse
 import itertools
 import json
 import math
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,13 +23,13 @@ from typing import Any
 
 import torch
 
-SPEED_BAR, LOSS_BAR, MEMORY_BAR, GRADIENT_BAR = 1.25, 0.01, 0.25, 1e-5
+SPEED_BAR, LOSS_BAR = 1.25, 0.01
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("text", type=Path, nargs="?")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("text", type=Path)
     parser.add_argument("--drop", default="9,10,11")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--minutes", type=float)
@@ -45,22 +37,8 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--set", default="{}", help="more settings of the step, as JSON")
     parser.add_argument("--judge", type=Path)
-    parser.add_argument("--loss", action="store_true")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--only", choices=["dense", "chunked"], help=argparse.SUPPRESS)
-    parser.add_argument("--to", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        compute(args.only, args.tokens, args.vocabulary, args.width, args.to)
-    elif args.loss:
-        compare_losses(args)
-    else:
-        compare_teachers(args)
-
-
-# --- teachers ---------------------------------------------------------------------------------------------------------
+    compare_teachers(args)
 
 
 def compare_teachers(args: argparse.Namespace) -> None:
@@ -175,51 +153,6 @@ def perplexity(checkpoint: Any, windows: torch.Tensor) -> float:
         total += torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").item()
         count += ids[:, 1:].numel()
     return math.exp(total / count)
-
-
-# --- the loss ---------------------------------------------------------------------------------------------------------
-
-
-def compare_losses(args: argparse.Namespace) -> None:
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in ("dense", "chunked"):
-            path = Path(folder) / f"{kind}.pt"
-            sizes = [f"--{name}={getattr(args, name)}" for name in ("tokens", "vocabulary", "width")]
-            subprocess.run([sys.executable, __file__, *sizes, "--only", kind, "--to", str(path)], check=True)
-            found[kind] = torch.load(path, weights_only=True)
-    for kind, result in found.items():
-        print(f"{kind:8} loss {result['loss']:.6f}, {result['bytes'] / 2**20:,.0f} MiB above the start")
-    ratio = found["chunked"]["bytes"] / found["dense"]["bytes"]
-    print(f"memory chunked/dense {ratio:.3f} (bar: {MEMORY_BAR})")
-    for of in ("states", "head"):
-        expected = found["dense"][of]
-        off = ((found["chunked"][of] - expected).norm() / expected.norm()).item()
-        print(f"relative difference of the gradients of the {of} {off:.1e} (bar: {GRADIENT_BAR:.0e})")
-
-
-def compute(kind: str, tokens: int, vocabulary: int, width: int, path: Path) -> None:
-    from pennyweight.distillation.losses import Live, Objective, chunked_loss
-
-    torch.manual_seed(0)
-    teacher_head = torch.randn(vocabulary, width) / width**0.5
-    head = (teacher_head + 0.01 * torch.randn(vocabulary, width)).requires_grad_(True)
-    teacher = torch.randn(tokens, width)
-    states = (teacher + 0.1 * torch.randn(tokens, width)).requires_grad_(True)
-    before = peak()
-    if kind == "chunked":
-        loss = chunked_loss(states, head, Live(teacher, teacher_head), Objective())
-    else:
-        expected = torch.log_softmax(teacher @ teacher_head.T, -1)
-        found = torch.log_softmax(states @ head.T, -1)
-        loss = torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
-    loss.backward()
-    used = peak() - before
-    torch.save({"loss": loss.item() / tokens, "bytes": used, "states": states.grad, "head": head.grad}, path)
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,18 @@ def plan(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], as_json
 def run(recipe: str, more: tuple[str, ...], overrides: tuple[str, ...], runs: Path, as_json: bool) -> int:
     """Run a recipe: make the variants, judge them, price them, register the winner."""
     from pennyweight import flow, show
+    from pennyweight.distillation import crew
     from pennyweight.gate import EXIT_CODES
     from pennyweight.store import Store
 
-    loaded, path = _load(recipe, overrides, more)
-    record = flow.run(loaded, path, runs, Store(), say)
+    together = crew.join()
+    if together and together.rank:
+        return together.follow(say)
+    with together or nullcontext():
+        loaded, path = _load(recipe, overrides, more)
+        if together:
+            together.check(loaded)
+        record = flow.run(loaded, path, runs, Store(), say)
     if as_json:
         print_json(record.model_dump(mode="json", by_alias=True))
     else:

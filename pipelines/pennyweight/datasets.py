@@ -69,9 +69,7 @@ def fetch(name: str, source: DataSource, store: Store) -> tuple[Path, bool]:
                 return stream.read()
 
     elif scheme == "file":
-        path = local_path(source.uri)
-        if not path.is_file():
-            raise SourceError(f"data.{name}: there is no file {path}", f"relative paths count from {Path.cwd()}")
+        path = _local_file(name, source)
         inputs |= {"file": file_digest(path), "sha256": source.sha256}
         read = path.read_bytes
     else:
@@ -93,6 +91,22 @@ def fetch(name: str, source: DataSource, store: Store) -> tuple[Path, bool]:
 
     entry = store.get_or_build("data", inputs, build)
     return entry.files / FILE, entry.reused
+
+
+def check_local(name: str, source: DataSource) -> None:
+    """Raise SourceError where a file of this machine is missing or empty, or its first row is not as declared."""
+    if scheme_of(source.uri) != "file":
+        return
+    path = _local_file(name, source)
+    with path.open("rb") as stream:
+        first = next((line for line in stream if line.strip()), b"")
+    row = next(iter(_rows(name, first)), None)
+    if row is None:
+        raise SourceError(f"data.{name}: {path} is empty", "a row is a JSON object on a line of its own")
+    for field in filter(None, (source.text, source.prompt, source.answer)):
+        _field(name, *row, field)
+    if source.messages:
+        _conversations(name, source, [row])
 
 
 def texts(path: Path) -> list[str]:
@@ -143,10 +157,19 @@ def packed(
                 np.array(answers[:end], dtype=bool).reshape(shape),
             )
     possible = len(tokens) // length
-    raise StageError(
-        f"the text gives {possible} windows of {length} tokens ({len(tokens)} tokens in all), {count} are asked for",
-        f"ask for {possible} at most, for shorter windows, or name a larger text" if possible else "name a larger text",
-    )
+    raise TooFewWindowsError(possible, length, len(tokens), count)
+
+
+class TooFewWindowsError(StageError):
+    """A text is shorter than what is asked of it."""
+
+    def __init__(self, possible: int, length: int, tokens: int, asked: int):
+        message = (
+            f"the text gives {possible} windows of {length} tokens ({tokens} tokens in all), {asked} are asked for"
+        )
+        hint = f"ask for {possible} at most, for shorter windows, or name a larger text"
+        super().__init__(message, hint if possible else "name a larger text")
+        self.possible = possible
 
 
 def available(tokenizer: Any, documents: list[str], length: int) -> int:
@@ -332,6 +355,13 @@ def _example(
     if spell is None:
         return where
     return f"{where}: «{spell(evaluation[document][begin : begin + min(len(run), 20)].tolist())}»"
+
+
+def _local_file(name: str, source: DataSource) -> Path:
+    path = local_path(source.uri)
+    if not path.is_file():
+        raise SourceError(f"data.{name}: there is no file {path}", f"relative paths count from {Path.cwd()}")
+    return path
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

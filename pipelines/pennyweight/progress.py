@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import IO, Any
 
 
@@ -61,7 +62,7 @@ class Progress:
         self._done_expected += expected
         took = "reused" if reused else duration(seconds)
         mark = "failed" if error else took
-        self.say(f"  {stage:<10} {subject:<28} {mark}" + (f"\n      {error}" if error else ""))
+        self.say(f"  {stage:<10} {subject:<28} {mark}" + (f"\n{indent(error, '      ')}" if error else ""))
         self._last_line = time.monotonic()
 
     def close(self) -> None:

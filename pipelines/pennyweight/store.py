@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ TEMPORARY = "tmp"
 #: Where work that goes on after it was killed keeps its state until it has ended.
 WORK = "work"
 _READ_CHUNK = 1 << 20
+#: A full disk in the words of libraries: the system's, numpy's and torch's.
+_FULL = re.compile(rf"{os.strerror(errno.ENOSPC)}|\d+ requested and \d+ written|PytorchStreamWriter failed writing")
 
 
 def default_root() -> Path:
@@ -209,7 +212,7 @@ def is_full(error: BaseException) -> bool:
     """It says that the disk is full. Libraries with writers of their own say so in words."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return os.strerror(errno.ENOSPC) in str(error)
+    return _FULL.search(str(error)) is not None
 
 
 def explain(error: BaseException, root: Path) -> StoreError:

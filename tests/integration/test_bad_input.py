@@ -109,8 +109,9 @@ def test_questions_longer_than_the_context(tiny_recipe_text: str, tmp_path: Path
 def test_calibration_data_that_are_empty(tiny_recipe_text: str, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with_changes(tiny_recipe_text, tmp_path, **{"data__calibration-text__uri": f"file:{tmp_path}/empty.jsonl"})
-    message = refused(tmp_path, "run", "tiny.yaml", code=4)
-    assert "empty.jsonl" in message or "calibration-text" in message
+    message = refused(tmp_path, "run", "tiny.yaml", code=2)
+    assert "empty.jsonl is empty" in message
+    assert "data.calibration-text" in message
 
 
 def test_hub_that_cannot_be_reached(tiny_recipe_text: str, tmp_path: Path) -> None:

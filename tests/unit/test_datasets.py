@@ -49,6 +49,32 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
 
 
+# --- files of this machine --------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_checked_before_it_is_read(tmp_path: Path) -> None:
+    def fault(content: str, **fields: Any) -> str | None:
+        (tmp_path / "a.jsonl").write_text(content)
+        try:
+            datasets.check_local("wiki", DataSource(uri=f"file:{tmp_path}/a.jsonl", **fields))
+        except SourceError as error:
+            return str(error)
+        return None
+
+    pair = {"prompt": "ask", "answer": "say"}
+    assert fault('\n{"body": "x"}\nnot read', text="body") is None
+    assert fault('{"ask": "x", "say": "y"}', **pair) is None
+    assert fault('{"said": [{"role": "user", "content": "x"}]}', messages="said") is None
+    assert "line 1 has no text in 'bodi'" in fault('{"body": "x"}', text="bodi")
+    assert "did you mean 'body'" in fault('{"body": "x"}', text="bodi")
+    assert "no text in 'say'" in fault('{"ask": "x"}', **pair)
+    assert "no conversation in 'said'" in fault('{"said": "x"}', messages="said")
+    assert "a.jsonl is empty" in fault(" \n", text="body")
+    assert "not JSON" in fault("text", text="text")
+    with pytest.raises(SourceError, match="there is no file"):
+        datasets.check_local("wiki", DataSource(uri=f"file:{tmp_path}/b.jsonl", text="x"))
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 

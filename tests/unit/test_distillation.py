@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -292,6 +293,167 @@ def test_a_training_that_failed_at_once_is_an_error(
         distill.run(student, step, context(teacher, step, store), tmp_path)
 
 
+# --- what a kill or a bad disk leaves --------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step: int) -> Any:
+    told: list[float] = []
+
+    def report(detail: str, done: float) -> None:
+        told.append(done)
+        if len(told) == step:
+            raise Killed
+
+    return report
+
+
+def damaged(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(
+        {"cut": content[:middle], "empty": b"", "flipped": content[:middle] + b"\xa5" * 64 + content[middle + 64 :]}[
+            how
+        ]
+    )
+
+
+def made(student: Checkpoint, context: StepContext, step: Distill, files: Path) -> tuple[Any, bytes]:
+    files.mkdir()
+    record = distill.run(student, step, context, files)
+    return record, (files / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["untouched", "cut", "empty", "flipped", "without its best"])
+def test_a_damaged_state_is_begun_again(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step, store, said = settings(steps=9), Store(tmp_path / "store"), []
+    usual = context(teacher, step, store)
+    whole, weights = made(student, usual, step, tmp_path / "whole")
+    with pytest.raises(Killed):
+        made(student, replace(usual, report=killed_at(7)), step, tmp_path / "killed")
+    (state,) = (store.root / "work").glob("distill-*/state-*.pt")
+    assert state.name == "state-00000006.pt"
+    if how == "without its best":
+        (best,) = state.parent.glob("best-*")
+        best.rename(state.parent / "elsewhere")
+    elif how != "untouched":
+        damaged(state, how)
+    told: list[float] = []
+    goes_on = replace(usual, say=said.append, report=lambda detail, done: told.append(done))
+    again, same = made(student, goes_on, step, tmp_path / "again")
+    assert same == weights
+    assert (again.curve, again.losses, again.kept_step) == (whole.curve, whole.losses, whole.kept_step)
+    assert len(told) == (3 if how == "untouched" else 9)
+    assert [("state-00000006.pt" in line and "begins again" in line) for line in said] == [True] * (how != "untouched")
+
+
+def test_a_kill_before_the_result_is_in_the_store_loses_nothing(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step, store = settings(steps=4), Store(tmp_path / "store")
+    usual = context(teacher, step, store)
+    _, weights = made(student, usual, step, tmp_path / "whole")
+
+    def kill(**values: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(distill, "Distillation", kill)
+        made(student, usual, step, tmp_path / "killed")
+    told: list[float] = []
+    again = replace(usual, report=lambda detail, done: told.append(done))
+    assert made(student, again, step, tmp_path / "again")[1] == weights
+    assert len(told) == 2  # from the state at step 2
+
+
+def test_of_the_best_states_those_that_may_be_needed_stay(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(1, 10))
+    monkeypatch.setattr(training.Trainer, "_agreed", lambda self, _: next(seconds))
+    monkeypatch.setattr(training, "SAVE_SECONDS", 4.0)
+    step = settings(steps=9, check_every=1, patience=9, learning_rate=0.003)
+    course = train(work(teacher, student, step, tmp_path))
+    assert course.kept == 9  # each look was the best yet
+    (state,) = tmp_path.glob("state-*.pt")
+    assert state.name == "state-00000008.pt"
+    assert sorted(path.name for path in tmp_path.glob("best-*")) == ["best-00000008", "best-00000009"]
+
+
+@pytest.mark.parametrize("how", ["cut", "empty"])
+def test_a_damaged_shard_is_written_again(teacher: Checkpoint, tmp_path: Path, how: str) -> None:
+    kept = TeacherCache(cache="sampled", k=4)
+    windows, model = torch.from_numpy(spoken(teacher, 2 * cache.SHARD, 16)), decoder.load(teacher, "cpu")
+    cache.write(model, windows, windows[:4], kept, 1.0, 0, tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.glob("*.npy")}
+    for path in whole:
+        if path.name != "shard-000001.npy":
+            damaged(path, how)
+    cache.write(model, windows, windows[:4], kept, 1.0, 0, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.npy")} == whole
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_damaged_cache_in_the_store_is_asked_for_again(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, how: str
+) -> None:
+    step, store, said = settings(teacher={"cache": "top_k", "k": 4}), Store(tmp_path / "store"), []
+    usual = replace(context(teacher, step, store), say=said.append)
+    _, weights = made(student, usual, step, tmp_path / "first")
+    (shard,) = (store.root / "teacher").glob("*/files/shard-*.npy")
+    damaged(shard, how)
+    record, again = made(student, usual, step, tmp_path / "second")
+    assert again == weights
+    assert not record.cache_reused
+    assert ["it is asked again" in line for line in said] == [True]
+
+
+def test_weights_that_are_not_numbers_are_refused(teacher: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "student"
+    shutil.copytree(student.path, folder)
+    tensors = checkpoints.read_tensors(folder)
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    step, store = settings(), Store(tmp_path / "store")
+    with pytest.raises(StageError, match="a held-out KL of nan at step 0, with the weights that it was given"):
+        distill.run(checkpoints.describe(folder, "x"), step, context(teacher, step, store), tmp_path)
+
+
+def test_a_student_that_nothing_made_better_stays_as_it_was(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path
+) -> None:
+    step, store, said = (
+        settings(steps=20, check_every=1, patience=3, learning_rate=0.9, warm_up=0.0),
+        Store(tmp_path),
+        [],
+    )
+    record, _ = made(student, replace(context(teacher, step, store), say=said.append), step, tmp_path / "files")
+    assert (record.kept_step, record.ended_by) == (0, "patience")
+    assert record.kl_after == record.kl_before
+    before, after = (checkpoints.read_tensors(folder) for folder in (Path(student.path), tmp_path / "files"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert ["nothing was better than the weights that it began with" in line for line in said] == [True]
+
+
+def test_weights_that_stop_being_numbers_are_not_kept(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([2.0, 1.5, math.nan])
+    monkeypatch.setattr(training.Trainer, "_held_out_kl", lambda self: next(found))
+    course = train(work(teacher, student, settings(steps=20), tmp_path))
+    assert course.ended_by == "a held-out KL of nan at step 4"
+    assert (course.kept, course.curve) == (2, [(0, 2.0), (2, 1.5)])
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -382,8 +544,11 @@ def test_a_student_learns_from_what_its_teacher_wrote(teacher: Checkpoint, stude
 def test_a_drawn_student_comes_first() -> None:
     drawn = settings(student={"layers": 2})
     assert check_order([drawn, settings()])
+    assert check_order([settings(ce=0.5)])
+    with pytest.raises(ValueError, match="step 1 of 1, distill, has nothing to learn"):
+        check_order([settings()])
     with pytest.raises(ValueError, match="step 2 of 2, distill, draws its student from the base"):
-        check_order([settings(), drawn])
+        check_order([settings(ce=0.5), drawn])
     with pytest.raises(ValueError, match="step 2 of 2, distill, changes floating-point weights"):
         check_order([Quantize(scheme="w8a16"), settings()])
 

@@ -727,8 +727,11 @@ LOOSE = {
 }
 
 
+SHORTER = {"prune": {"drop": [1]}}
+
+
 def test_a_teachers_words_are_counted_once_for_all_variants(calm: Store) -> None:
-    cached = {"text": "wiki", "steps": 10, "batch": 2, "length": 32, "held_out": 4}
+    cached = {"text": "wiki", "ce": 0.5, "steps": 10, "batch": 2, "length": 32, "held_out": 4}
     cached["teacher"] = {"cache": "top_k", "k": 8}
     steps = {"a": [{"distill": cached}], "b": [{"distill": cached | {"learning_rate": 0.001}}]}
     made = make_plan(recipe(steps, **LOOSE), calm)
@@ -746,7 +749,7 @@ def test_a_teachers_words_are_counted_once_for_all_variants(calm: Store) -> None
 
 def test_what_cannot_be_distilled(calm: Store) -> None:
     def found(**settings: Any) -> list[tuple[str, str]]:
-        step = {"distill": {"text": "wiki", "length": 32, **settings}}
+        step = {"distill": {"text": "wiki", "ce": 0.5, "length": 32, **settings}}
         return problems(make_plan(recipe({"a": [step]}, **LOOSE), calm))
 
     assert found(student={"layers": 2}) == [
@@ -763,7 +766,8 @@ def test_what_cannot_be_distilled(calm: Store) -> None:
 def test_a_student_that_writes_takes_its_time(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "installed_version", lambda package: "1")
     learns = {"text": "wiki", "steps": 10, "batch": 2, "accumulate": 3, "length": 32}
-    steps = {"reads": [{"distill": learns}], "writes": [{"distill": learns | {"on_policy": {"prompt": 8}}}]}
+    writes = learns | {"on_policy": {"prompt": 8}}
+    steps = {"reads": [SHORTER, {"distill": learns}], "writes": [SHORTER, {"distill": writes}]}
     made = make_plan(recipe(steps, **LOOSE), calm)
     assert not made.problems
     reads, writes = (next(s for s in made.stages if (s.stage, s.subject) == ("distill", name)) for name in steps)
@@ -776,9 +780,9 @@ def test_a_student_that_writes_takes_its_time(calm: Store, monkeypatch: pytest.M
 
 def test_a_student_cannot_write_without_its_trainer(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "installed_version", lambda package: None)
-    steps = {"a": [{"distill": {"text": "wiki", "length": 32, "on_policy": {"prompt": 8}}}]}
+    steps = {"a": [SHORTER, {"distill": {"text": "wiki", "length": 32, "on_policy": {"prompt": 8}}}]}
     made = make_plan(recipe(steps, **LOOSE), calm)
-    assert problems(made) == [("variants.a.0.distill", "trl is not installed")]
+    assert problems(made) == [("variants.a.1.distill", "trl is not installed")]
     assert (made.problems[0].kind, made.problems[0].hint) == ("machine", "pip install 'pennyweight[trl]'")
     assert made.missing_extras == ["trl"]
 

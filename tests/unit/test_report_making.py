@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from test_report import make_record
 
-from pennyweight.records import Allocation, Healing, Pruning, Rounding, RunRecord
+from pennyweight.records import Allocation, Distillation, Healing, Pruning, Rounding, RunRecord
 from pennyweight.report.page import render
 
 ALLOCATION = Allocation(
@@ -98,3 +100,45 @@ def test_the_plot_has_what_the_fit_left() -> None:
 
 def test_a_run_without_records_of_its_steps_has_no_such_section() -> None:
     assert "How the variants were made" not in render(make_record())
+
+
+DISTILLATION = Distillation(
+    steps=40, tokens=40_960, ended_by="patience", kept_step=20, kl_before=0.4, kl_after=0.3,
+    curve=[(0, 0.4), (20, 0.3), (40, 0.35)], losses=[(20, 0.38), (40, 0.33)], cache_bytes_per_token=194,
+    tokens_per_second=60.0, training_seconds=600.0, seconds=700.0,
+)  # fmt: skip
+
+
+def distilled(made: Distillation) -> RunRecord:
+    record = make_record()
+    variant = next(result.variant for result in record.candidates if result.variant != "base")
+    changed = [
+        result.model_copy(update={"checkpoint": result.checkpoint.model_copy(update={"distillation": made})})
+        if result.variant == variant
+        else result
+        for result in record.candidates
+    ]
+    return record.model_copy(update={"candidates": changed})
+
+
+def test_how_a_student_learnt_is_drawn() -> None:
+    page = render(distilled(DISTILLATION))
+    words = (
+        "distilled: 0.400 → 0.300, best at step 20",
+        "40 steps, 40,960 tokens, ended by patience",
+        "194 bytes a token",
+    )
+    assert all(line in page for line in words)
+    section = page.partition("How the students learnt")[2].partition("</section>")[0]
+    (curve,) = re.findall(r'<path d="(M[^"]+)" class="line base"', section)
+    (losses,) = re.findall(r'<path d="(M[^"]+)" class="line dash2"', section)
+    points = [tuple(map(float, point.split())) for point in curve[1:].split("L")]
+    assert [x for x, _ in points] == sorted(x for x, _ in points)
+    assert points[1][1] > points[2][1] > points[0][1]  # the smaller the divergence, the lower on the page
+    assert losses.count("L") == 1
+
+
+def test_a_student_that_did_not_learn_is_called_so() -> None:
+    page = render(distilled(DISTILLATION.model_copy(update={"kept_step": 0, "kl_after": 0.4, "curve": [(0, 0.4)]})))
+    assert "distilled: 0.400 → 0.400, never below where it began" in page
+    assert "How the students learnt" not in page

@@ -88,9 +88,17 @@ def test_disk_errors_say_what_to_do(tmp_path: Path, code: int, words: str) -> No
     assert caught.value.exit_code == 4
 
 
-def test_libraries_that_say_in_words_that_the_disk_is_full_are_understood(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError("131072 requested and 4096 written"),
+        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
+    ],
+)
+def test_libraries_that_say_in_words_that_the_disk_is_full_are_understood(tmp_path: Path, error: Exception) -> None:
     def build(files: Path) -> dict:
-        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise error
 
     with pytest.raises(StoreError, match="no space left"):
         Store(tmp_path).get_or_build("stage", {}, build)

@@ -36,14 +36,14 @@ def write(
     report: Callable[[str, float], None] = lambda detail, done: None,
 ) -> None:
     """Fill `folder` with what `teacher` says to `windows`, token ids (windows, tokens), and with its hidden states on
-    `held_out`. Shards that are there stay as they are."""
-    if not (folder / HELD_OUT).exists():
+    `held_out`. Shards that are there whole stay as they are."""
+    if not is_whole(folder / HELD_OUT, held_out.numel()):
         states = torch.cat([last_states(teacher, ids) for ids in held_out.split(4)])
         save(folder / HELD_OUT, states.float().cpu().numpy().astype(np.float32))
     shards = windows.split(SHARD)
     for number, shard in enumerate(shards):
         report("what the teacher says", number / len(shards))
-        if shard_path(folder, number).exists():
+        if is_whole(shard_path(folder, number), len(shard)):
             continue
         generator = torch.Generator(windows.device).manual_seed(seed * 1_000_003 + number)
         rows = [_say(teacher, ids, settings, temperature, generator) for ids in shard.split(4)]
@@ -126,6 +126,14 @@ def select(values: torch.Tensor, chosen: torch.Tensor | None) -> torch.Tensor:
 
 def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:06d}.npy"
+
+
+def is_whole(path: Path, rows: int) -> bool:
+    """Whether an array of so many rows is there. A machine that went down can leave a file with less in it."""
+    try:
+        return len(np.load(path, mmap_mode="r")) == rows
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def save(path: Path, values: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight.distillation.cache import save, shard_path
+from pennyweight.distillation.cache import is_whole, save, shard_path
 from pennyweight.recipe import Generate
 
 VERSION = 1
@@ -36,7 +36,7 @@ def write(
     for number, shard in enumerate(shards):
         report("the teacher writes", number / len(shards))
         path = shard_path(folder, number)
-        if path.exists():
+        if is_whole(path, len(shard)):
             continue
         prompts = shard[:, : settings.prompt]
         with torch.random.fork_rng(), torch.no_grad():

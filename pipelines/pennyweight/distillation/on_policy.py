@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import DistillationConfig, DistillationTrainer
 
-from pennyweight.distillation.train import Lessons, Measure, Report, Training, batch_of
+from pennyweight.distillation.train import BEST, Lessons, Measure, Report, Training, batch_of
 from pennyweight.errors import StageError
 
 #: Steps of a training that minutes alone end.
@@ -37,8 +37,7 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
         self._report, self._measure = report, measure
         self._course, begun = self._resume()
         self._begin(self._course, measure)
-        if not math.isfinite(self._course.curve[-1][1]):
-            self._course.fail(math.nan)
+        if self._course.ended_by:
             return self._course
         trainer = _Trainer(
             model=self._student,
@@ -115,8 +114,6 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
             due = self._count_step(course, loss, written, self._report, self._measure)
         else:
             course.fail(math.nan if math.isfinite(loss) else loss)
-        if not math.isfinite(course.curve[-1][1]):  # nothing can be drawn from such predictions
-            course.fail(course.curve[-1][1])
         control.should_save = due and not course.ended_by
         control.should_training_stop = bool(course.ended_by)
 
@@ -133,7 +130,9 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
         for path in sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), reverse=True):
             with contextlib.suppress(ValueError):  # cut off as it was written: the one before it is still there
                 kept = json.loads(path.read_text())["stateful_callbacks"][type(self).__name__]
-                return Lessons.load(kept["attributes"]["course"]), str(path.parent)
+                course = Lessons.load(kept["attributes"]["course"])
+                self._needed = BEST.format(course.kept)
+                return course, str(path.parent)
         return Lessons(), None
 
 

@@ -69,6 +69,11 @@ class Work:
         records = {"teacher": self.teacher.model_dump(mode="json"), "settings": self.settings.model_dump(mode="json")}
         return values | records
 
+    def paths(self) -> list[str]:
+        """What all processes must see."""
+        optional = [path for path in (self.cache, self.answers) if path]
+        return [self.teacher.path, self.student, self.windows, *optional]
+
     @classmethod
     def load(cls, values: dict[str, Any]) -> Work:
         teacher = Checkpoint.model_validate(values["teacher"])
@@ -155,6 +160,9 @@ def _way(settings: Distill) -> type[Training]:
 class Training(ABC):
     """One process's part of a training: what is the same whatever the student learns from."""
 
+    _needed = ""
+    """The best state that the saved one counts on."""
+
     def __init__(self, work: Work, accelerator: Any, product: torch.dtype):
         from transformers import AutoModelForCausalLM
 
@@ -224,6 +232,8 @@ class Training(ABC):
         if looks:
             self._look(course, measure)
         report(f"loss {loss:.4f}, held-out KL {course.curve[-1][1]:.4f}", min(spent, 1.0))
+        if course.ended_by:
+            return False
         if spent >= 1:
             course.ended_by = max(limits, key=limits.__getitem__)
         elif course.looks_in_vain >= settings.patience:
@@ -241,7 +251,11 @@ class Training(ABC):
             values["training_loss"] = sum(course.since) / len(course.since)
             course.losses.append((course.steps, values["training_loss"]))
             course.since = []
-        if course.look(self._held_out_kl()):
+        found = self._held_out_kl()
+        if not math.isfinite(found):
+            course.ended_by = f"a held-out KL of {found} at step {course.steps}"
+            return
+        if course.look(found):
             course.kept = course.steps
             if self._accelerator.is_main_process:
                 self._keep(self._workspace / BEST.format(course.steps))
@@ -287,11 +301,15 @@ class Training(ABC):
         shutil.copy(Path(self._work.student) / "config.json", partial)  # save_pretrained writes the dtype it learns in
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        for old in folder.parent.glob("best-*"):
+            if old.name not in (folder.name, self._needed):
+                shutil.rmtree(old)
 
     def _forget_worse(self, course: Lessons) -> None:
         """Once a state is saved nobody goes back to a best one before it."""
+        self._needed = BEST.format(course.kept)
         for old in self._workspace.glob("best-*"):
-            if old.name != BEST.format(course.kept):
+            if old.name != self._needed:
                 shutil.rmtree(old)
 
 
@@ -359,13 +377,20 @@ class Loop(Training):
         self._accelerator.wait_for_everyone()
 
     def _resume(self) -> Lessons:
-        path = max(self._workspace.glob("state-*.pt"), default=None)
-        if path is None:
+        from accelerate.utils import broadcast_object_list
+
+        found = [max((path.name for path in self._workspace.glob("state-*.pt")), default=None)]
+        if self._accelerator.num_processes > 1:  # other machines may not see the same files yet
+            broadcast_object_list(found)
+        if found[0] is None:
             return Lessons()
+        path = self._workspace / found[0]
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         self._student.load_state_dict(state["student"])
         self._optimizer.load_state_dict(state["optimizer"])
-        return Lessons.load(json.loads(state["course"]))
+        course = Lessons.load(json.loads(state["course"]))
+        self._needed = BEST.format(course.kept)
+        return course
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from pennyweight.plan.job import Job
 from pennyweight.plan.problems import (
     Problems,
     check_bases,
+    check_data,
     check_lengths,
     check_levers,
     check_machine,
@@ -47,6 +48,7 @@ def make_plan(recipe: Recipe, store: Store, *, file: str | None = None) -> Plan:
     shape = shapes.of_base("base")
     missing = check_machine(recipe, device, found) + check_backends(recipe, device, found)
     check_runtimes(recipe, found)
+    check_data(recipe, found)
     check_bases(recipe, shapes, found)
     check_steps(recipe, shapes, device, found)
     check_lengths(recipe, shapes, found)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from pennyweight import installed, machine, runtimes
-from pennyweight.errors import SourceError, StoreError, did_you_mean
+from pennyweight import datasets, installed, machine, runtimes
+from pennyweight.errors import PennyweightError, SourceError, StoreError, did_you_mean
 from pennyweight.plan.allocation import budget_problems
 from pennyweight.plan.constants import BASELINE_BYTES
 from pennyweight.plan.distilling import distill_problems
@@ -98,6 +98,16 @@ def _check_quantize(path: str, step: Quantize, shape: ModelShape, exported: bool
             _check_rows(path, step, shape, layers, found)
     else:
         found.add(path, "quantizes no layer of this model", "shorten `ignore`")
+
+
+def check_data(recipe: Recipe, found: Problems) -> None:
+    """Files of this machine that are not there, or not as declared."""
+    for name, source in recipe.data.items():
+        try:
+            datasets.check_local(name, source)
+        except PennyweightError as error:
+            message = error.message.removeprefix(f"data.{name}").lstrip(":, ")
+            found.add(f"data.{name}", message, error.hint)
 
 
 def check_bases(recipe: Recipe, shapes: Shapes, found: Problems) -> None:

@@ -230,7 +230,8 @@ class Distill(_Budgeted, Section):
     patience: int = Field(5, ge=1)
     """Looks in a row without a smaller divergence after which it stops."""
     processes: int = Field(1, ge=1)
-    """Processes that share each batch, on this machine. 1 on a machine of several GPUs uses one of them."""
+    """Processes that share each batch, on this machine. 1 on a machine of several GPUs uses one of them. Where torchrun
+    or `accelerate launch` started the run, all processes that they started do, whatever this says."""
     allow_overlap: bool = False
     """Report text that the evaluation uses too, instead of refusing the variant."""
 

@@ -22,6 +22,11 @@ def _misplaced(step: Any, before: list[str]) -> str | None:
             return None if "quantize" in before else "heals quantized weights: put a quantize step before it"
     if step.kind == "distill" and step.student and before:
         return "draws its student from the base, and what comes before it would be lost: put it first"
+    if step.kind == "distill" and not before and step.student is None and step.ce == 0:
+        return (
+            "has nothing to learn, since student and teacher are both the base: put `prune` or `from` before it, or "
+            "give it a `student`"
+        )
     if "quantize" not in before:
         return None
     if step.kind == "quantize":

@@ -42,6 +42,8 @@ def step_by_kind(item: Any) -> Any:
     if isinstance(item, dict) and "kind" not in item and len(item) == 1:
         kind, body = next(iter(item.items()))
         return {"kind": kind, **body} if isinstance(body, dict) else {"kind": kind}
+    if isinstance(item, str):
+        raise ValueError(f"a step is a mapping with one key, the kind of step, and its settings: {{{item}: {{…}}}}")
     if isinstance(item, dict) and "kind" not in item:
         raise ValueError(f"a step is a mapping with one key, the kind of step; this one has {sorted(map(str, item))}")
     return item

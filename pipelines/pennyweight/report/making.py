@@ -83,10 +83,12 @@ def _distillation(made: Distillation | None) -> list[Html]:
         return []
     said = made.cache_bytes_per_token
     cached = f", teacher cached in {said} bytes a token" if said else ""
+    kept = (
+        f"best at step {made.kept_step}" if made.kept_step else "never below where it began: its weights are as before"
+    )
     return [
-        el("div", "distilled: " + " → ".join(text.number(kl) for _, kl in made.curve)),
-        el("div", "training loss: " + " → ".join(text.number(loss) for _, loss in made.losses)),
-        el("div", f"{made.steps} steps, {made.tokens:,} tokens, ended by {made.ended_by}, kept step {made.kept_step}"),
+        el("div", f"distilled: {text.number(made.kl_before)} → {text.number(made.kl_after)}, {kept}"),
+        el("div", f"{made.steps} steps, {made.tokens:,} tokens, ended by {made.ended_by}"),
         el("div", f"{made.tokens_per_second:.0f} tokens/s{cached}"),
     ]
 

@@ -10,7 +10,7 @@ import yaml
 from pennyweight.compare import Flip
 from pennyweight.load.serving import CandidateCost
 from pennyweight.records import RunRecord
-from pennyweight.report import answers, facts, levers, making, pruning, roofline, serving, tables
+from pennyweight.report import answers, facts, learning, levers, making, pruning, roofline, serving, tables
 from pennyweight.report.markup import Html, el, join
 from pennyweight.report.plots import quality_against_cost, throughput_against_latency
 from pennyweight.report.verdict import first_screen, headline
@@ -49,6 +49,7 @@ def _sections(record: RunRecord, flips: dict[str, list[Flip]], served: list[Cand
         *([_section("Questions that flipped", answers.note(flips), answers.flipped(flips))] if flips else []),
         *([_section("How the variants were made", making.table(record))] if making.variants(record) else []),
         *([_section("What the layers cost", pruning.plot(record))] if pruning.curves(record) else []),
+        *([_section("How the students learnt", learning.plot(record))] if learning.students(record) else []),
         _section("Cost at every load", _load_notes(record), tables.cost_by_load(record)),
         *(
             [_section("As it serves", serving.note(record), serving.plot(record, served), serving.table(served))]

@@ -76,7 +76,8 @@ def make_variant(run: Run, variant: str, steps: list[Step], bases: Bases, texts:
         name = calibration_name(variant, index)
         done.append(step.describe())
         if name in texts.failures:
-            raise StageError(texts.failures[name])
+            with run.stage(step.kind, variant):
+                raise StageError(texts.failures[name])
         inputs = {
             "version": kind.version,
             "checkpoint": checkpoint.digest,
@@ -109,6 +110,7 @@ def make_variant(run: Run, variant: str, steps: list[Step], bases: Bases, texts:
             text = {"calibration": texts.load(name), "answers": texts.answers(name)}
             context = StepContext(run.device, run.recipe.seed, report=report, **text, **kept, **models)
             training = f"{step.kind} {variant}"
+            context = replace(context, say=lambda line: run.progress.say(f"    {training}: {line}"))
             with stage.library(), training_curves(run.recipe.name, training) as measure:
                 outcome = kind.run(before, step, replace(context, measure=measure), files)
             made = checkpoints.describe(files, origin=" → ".join([base.origin, *done]))

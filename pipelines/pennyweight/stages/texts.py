@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import datasets, runtimes, shipped
 from pennyweight.errors import StageError
-from pennyweight.recipe import Recipe
+from pennyweight.recipe import Distill, Recipe, Recover
 from pennyweight.records import Checkpoint
 from pennyweight.stages.run import Run
 from pennyweight.store import Entry, file_digest
@@ -94,7 +94,7 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
             except StageError as error:
                 if not purpose.startswith("calibration/"):
                     raise
-                failures[purpose] = f"{_key(recipe, purpose)}: {error}"
+                failures[purpose] = f"{_key(recipe, purpose)}: {_for_learners(error, recipe, purpose)}"
                 continue
             stage.reused &= entry.reused
             folders[purpose] = entry.files
@@ -201,6 +201,19 @@ def _key(recipe: Recipe, calibration: str) -> str:
     variant, _, index = calibration.removeprefix("calibration/").rpartition("/")
     step = recipe.variants[variant][int(index)]
     return f"variants.{variant}.{index}.{step.kind}.{step.text_key}"
+
+
+def _for_learners(error: StageError, recipe: Recipe, calibration: str) -> StageError:
+    """The same error; of a step that can read its text more than once with what it should ask for."""
+    variant, _, index = calibration.removeprefix("calibration/").rpartition("/")
+    step = recipe.variants[variant][int(index)]
+    if not (isinstance(error, datasets.TooFewWindowsError) and isinstance(step, Distill | Recover)):
+        return error
+    learnt = error.possible - step.held_out
+    hint = "lower `length` or `held_out`, or name a larger text"
+    if learnt >= step.batch:
+        hint = f"`windows: {learnt}` reads what there is again and again; or name a larger text"
+    return StageError(f"{error.message}, {step.held_out} of them held out", hint)
 
 
 def text_name(name: str) -> str:

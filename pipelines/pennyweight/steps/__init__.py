@@ -26,6 +26,8 @@ class StepContext:
     """What the variant was made from: the recipe's base, or the one that its `from` step names."""
     report: Callable[[str, float], None] = lambda detail, done: None
     """Told how it goes, and which part is done."""
+    say: Callable[[str], None] = lambda line: None
+    """Told what a person should know now."""
     teacher: Checkpoint | None = None
     """The recipe's base, whatever the variant was made from."""
     rounded: Checkpoint | None = None

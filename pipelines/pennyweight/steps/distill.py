@@ -7,6 +7,8 @@ Models via Pruning and Knowledge Distillation, 2024.
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from pennyweight.memory import out_of_memory_of
 from pennyweight.quantization import decoder
 from pennyweight.recipe import Distill
 from pennyweight.records import Checkpoint, Distillation
-from pennyweight.store import Entry, digest_of, folder_bytes
+from pennyweight.store import Entry, digest_of, folder_bytes, folder_digest
 
 if TYPE_CHECKING:
     from pennyweight.steps import StepContext
@@ -38,6 +40,8 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
         installed.require("trl")
     if context.calibration is None or context.teacher is None or context.store is None:
         raise StageError("distill needs text, a teacher and a store")
+    from pennyweight.distillation.state import clean
+
     begin = time.monotonic()
     context = _held_out_first(step, context)
     _check_vocabularies(checkpoint, context.teacher)
@@ -45,14 +49,13 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
         out_of_memory_of("distill", "lower `batch` or `length`, and raise `accumulate`"),
         context.store.workspace("distill", context.key) as workspace,
     ):
+        if damage := clean(workspace):
+            context.say(f"{damage}: it begins again")
         context = _generated(step, context)
         cached = _cache(step, context)
         work, course = _train(checkpoint, step, context, workspace, cached)
-        if course.ended_by.startswith("a loss") and course.kept == 0:
-            raise StageError(f"distill: {course.ended_by}, and no state before it was better than the first",
-                             "lower `learning_rate`")  # fmt: skip
+        _check_course(course, context)
         _write(Path(work.student), workspace / _best(course.kept), files)
-        vocabulary = checkpoints.read_config(Path(context.teacher.path)).get("vocab_size") or 0
         return Distillation(
             steps=course.steps,
             tokens=course.tokens,
@@ -62,7 +65,9 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
             kl_after=course.best,
             curve=course.curve,
             losses=course.losses,
-            cache_bytes_per_token=None if step.teacher == "live" else step.teacher.bytes_per_token(vocabulary),
+            cache_bytes_per_token=None
+            if step.teacher == "live"
+            else step.teacher.bytes_per_token(_predicted(context.teacher)),
             cache_reused=bool(cached and cached.reused),
             tokens_per_second=course.tokens / course.seconds if course.seconds else 0.0,
             training_seconds=course.seconds,
@@ -88,7 +93,7 @@ def _train(
     import numpy as np
     import torch
 
-    from pennyweight.distillation import student
+    from pennyweight.distillation import crew, student
     from pennyweight.distillation.train import Work, train
     from pennyweight.distillation.worker import train_in_processes
 
@@ -119,7 +124,9 @@ def _train(
         answers=str(workspace / "answers.npy") if learns_answers else None,
         seed=context.seed,
     )
-    return work, (train if step.processes == 1 else train_in_processes)(work, context.report, context.measure)
+    together = None if step.on_policy else crew.leading()
+    trains = together.train if together else train if step.processes == 1 else train_in_processes
+    return work, trains(work, context.report, context.measure)
 
 
 def _generated(step: Distill, context: StepContext) -> StepContext:
@@ -197,18 +204,45 @@ def _kept(stage: str, inputs: dict[str, Any], context: StepContext, write: Calla
             write(decoder.load(base, context.device), workspace)
             for path in workspace.glob("*.npy"):
                 shutil.move(path, files)
-        return {"bytes": folder_bytes(files)}
+        return {"bytes": folder_bytes(files), "digest": folder_digest(files)}
 
-    return store.get_or_build(stage, inputs, build)
+    entry = store.get_or_build(stage, inputs, build)
+    if entry.reused and folder_digest(entry.files) != entry.record.get("digest"):
+        context.say(f"what the teacher said is damaged in {entry.folder}: it is asked again")
+        store.discard(entry)
+        entry = store.get_or_build(stage, inputs, build)
+    return entry
+
+
+def _check_course(course: Any, context: StepContext) -> None:
+    """Raise StageError where nothing was learnt before it failed; say so where nothing was learnt without a failure."""
+    if not math.isfinite(course.best):
+        hint = "the checkpoint before this step has weights that are not numbers"
+        raise StageError(f"distill: {course.ended_by}, with the weights that it was given", hint)
+    if course.kept:
+        return
+    if course.ended_by.startswith(("a loss", "a held-out KL")):
+        message = f"distill: {course.ended_by}, and no state before it was better than the first"
+        raise StageError(message, "lower `learning_rate`")
+    context.say(
+        f"nothing was better than the weights that it began with, a held-out KL of {course.best:.4f}, so they stay; "
+        "lower `learning_rate`, or give it more steps"
+    )
 
 
 def _check_vocabularies(student: Checkpoint, teacher: Checkpoint) -> None:
-    sizes = [checkpoints.read_config(Path(each.path)).get("vocab_size") for each in (student, teacher)]
+    sizes = [_predicted(each) for each in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise StageError(
             f"distill: the student predicts {sizes[0]} tokens, the teacher {sizes[1]}",
             "a student learns from a teacher of the same vocabulary",
         )
+
+
+def _predicted(checkpoint: Checkpoint) -> int:
+    """Tokens that a model predicts."""
+    config = checkpoints.read_config(Path(checkpoint.path))
+    return (config.get("text_config") or config).get("vocab_size") or 0
 
 
 def _best(step: int) -> str:
@@ -218,10 +252,19 @@ def _best(step: int) -> str:
 
 
 def _write(student: Path, best: Path, files: Path) -> None:
-    """The best weights with the student's other files."""
+    """The best weights with the student's other files. They stay where they were: who is killed before the result is in
+    the store goes on from there."""
     from pennyweight.distillation.student import copy_beside
 
     copy_beside(student, files)
     for path in best.iterdir():
         if path.suffix == ".safetensors" or path.name == checkpoints.INDEX:
-            shutil.move(path, files)
+            _link(path, files / path.name)
+
+
+def _link(path: Path, to: Path) -> None:
+    """The same bytes under another name, where the file system can."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copy(path, to)
