@@ -377,7 +377,7 @@ def test_of_the_best_states_those_that_may_be_needed_stay(
     teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = iter(range(1, 10))
-    monkeypatch.setattr(training.Trainer, "_agreed", lambda self, _: next(seconds))
+    monkeypatch.setattr(training.Training, "_agreed", lambda self, _: next(seconds))
     monkeypatch.setattr(training, "SAVE_SECONDS", 4.0)
     step = settings(steps=9, check_every=1, patience=9, learning_rate=0.003)
     course = train(work(teacher, student, step, tmp_path))
@@ -448,7 +448,7 @@ def test_weights_that_stop_being_numbers_are_not_kept(
     teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter([2.0, 1.5, math.nan])
-    monkeypatch.setattr(training.Trainer, "_held_out_kl", lambda self: next(found))
+    monkeypatch.setattr(training.Loop, "_held_out_kl", lambda self: next(found))
     course = train(work(teacher, student, settings(steps=20), tmp_path))
     assert course.ended_by == "a held-out KL of nan at step 4"
     assert (course.kept, course.curve) == (2, [(0, 2.0), (2, 1.5)])
