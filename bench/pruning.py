@@ -1,6 +1,6 @@
 """KL from the whole model on other text, by what chose the layers, before and after the rest is fitted; and width.
 
-    python bench/pruning.py CHECKPOINT CHOSEN_ON JUDGED_ON [--layers 3 6] [--windows 32]
+    python bench/pruning.py CHECKPOINT CHOSEN_ON JUDGED_ON [--layers 3 6] [--windows 32] [--samples 512]
 
 CHECKPOINT is a folder; the texts are JSONL files with a `text` in each line, such as the store keeps. Layers are taken
 out by influence (Men et al., 2024), greedily by KL, and by the step's own search; width by the fraction of the channels
@@ -33,13 +33,14 @@ def main() -> None:
     parser.add_argument("chosen_on", type=Path)
     parser.add_argument("judged_on", type=Path)
     parser.add_argument("--layers", type=int, nargs="+", default=[3, 6])
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=32, help="to judge on")
+    parser.add_argument("--samples", type=int, default=Prune.model_fields["samples"].default, help="as in a recipe")
     args = parser.parse_args()
     checkpoint = checkpoints.describe(args.checkpoint, str(args.checkpoint))
     config, model = checkpoints.read_config(args.checkpoint), decoder.load(checkpoint, "cpu")
-    default = Prune(layers=1, text="any")
-    length = default.length
-    text = windows(checkpoint, args.chosen_on, default.samples - default.held_out, length)
+    step = Prune(layers=1, text="any", samples=args.samples)
+    length = step.length
+    text = windows(checkpoint, args.chosen_on, step.samples - step.held_out, length)
     other = windows(checkpoint, args.judged_on, args.windows, length)
     judged = Trials(model, other, batch_of(other))
     trials = Trials(model, text[:SEARCHED], batch_of(text[:SEARCHED]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pennyweight import machine
-from pennyweight.plan.constants import ACTIVATION_COPIES, BASELINE_BYTES, TRAINING_EFFICIENCY
+from pennyweight.plan.constants import ACTIVATION_COPIES, BASELINE_BYTES, DISTILLING_EFFICIENCY
 from pennyweight.plan.job import Job, per_gb, rate, score_seconds, wave_seconds
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.show import format_bytes
@@ -88,7 +88,7 @@ def _step_seconds(job: Job, student: ModelShape, step: Distill) -> tuple[float, 
     dtype = job.compute_dtype(job.shape, "transformers", False)
     asks = step.teacher == "live" and step.ce < 1
     work = (6 * student.product_weights + (2 * job.shape.product_weights if asks else 0)) * step.step_tokens
-    learning = work / (rate(job, dtype) * TRAINING_EFFICIENCY[dtype])
+    learning = work / (rate(job, dtype) * DISTILLING_EFFICIENCY[dtype])
     if step.on_policy is None:
         return learning, 0.0
     prompt, together = step.on_policy.prompt, step.batch * step.accumulate
@@ -112,7 +112,7 @@ def _seconds(job: Job, student: ModelShape, step: Distill, shared: bool) -> floa
     if job.measured is None:
         return None
     dtype = job.compute_dtype(job.shape, "transformers", False)
-    speed = rate(job, dtype) * TRAINING_EFFICIENCY[dtype]
+    speed = rate(job, dtype) * DISTILLING_EFFICIENCY[dtype]
     a_step = sum(_step_seconds(job, student, step))
     a_look = (2 * student.product_weights + 2 * job.shape.head[0] * job.shape.hidden) * step.held_out * step.length
     a_look /= speed
