@@ -142,3 +142,11 @@ def test_a_student_that_did_not_learn_is_called_so() -> None:
     page = render(distilled(DISTILLATION.model_copy(update={"kept_step": 0, "kl_after": 0.4, "curve": [(0, 0.4)]})))
     assert "distilled: 0.400 → 0.400, never below where it began" in page
     assert "How the students learnt" not in page
+
+
+def test_a_divergence_of_nothing_has_no_place_on_a_logarithmic_axis() -> None:
+    best = {"kept_step": 0, "kl_before": 0.0, "kl_after": 0.0, "curve": [(0, 0.0), (20, 0.3), (40, 0.01)]}
+    section = render(distilled(DISTILLATION.model_copy(update=best))).partition("How the students learnt")[2]
+    plot = section.partition("</section>")[0]
+    assert 'class="line base"' in plot
+    assert 'class="mark base"' not in plot

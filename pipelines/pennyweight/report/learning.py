@@ -39,10 +39,13 @@ def plot(record: RunRecord) -> Html:
                 path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in places)
                 parts.append(el("path", d=path, class_=style))
     for name, made in students(record).items():
-        kept = x(made.kept_step), y(made.kl_after)
-        parts.append(marker(*kept, "base", radius=4.0))
-        layout.add_marker(*kept, 6)
-        parts.append(layout.set(Label((kept,), name, "label base")))
+        kept = _drawable([(made.kept_step, made.kl_after)])
+        step, kl = kept[0] if kept else lines[name][0][-1]
+        place = x(step), y(kl)
+        if kept:
+            parts.append(marker(*place, "base", radius=4.0))
+            layout.add_marker(*place, 6)
+        parts.append(layout.set(Label((place,), name, "label base")))
     return figure("Held-out divergence against steps", parts, [el("p", _CAPTION)])
 
 
