@@ -808,6 +808,16 @@ def test_a_pruned_variant_is_planned_before_anything_is_cut(calm: Store) -> None
     assert made.expected_seconds("prune", "half")
 
 
+def test_text_to_fit_to_takes_memory(calm: Store) -> None:
+    """Probabilities of what is held out, and three streams of hidden states of the rest."""
+    taken = {"layers": 1, "text": "news", "length": 32}
+    steps = {f"on-{samples}": [{"prune": taken | {"samples": samples}}] for samples in (16, 48)}
+    made = make_plan(recipe(steps, **LOOSE), calm)
+    few, many = (stage.peak_memory_bytes for stage in made.stages if stage.stage == "prune")
+    elements = 4 * 32 * 160 + 3 * 28 * 32 * 96
+    assert many - few in (2 * elements, 4 * elements)  # in the dtype that the machine computes in
+
+
 def test_variants_that_begin_alike_share_the_work(calm: Store) -> None:
     cut = {"prune": {"layers": 1, "text": "news", "samples": 16, "length": 32}}
     taught = {"distill": {"text": "wiki", "steps": 2, "length": 32}}

@@ -14,10 +14,11 @@ from pennyweight.recipe import Prune
 def estimate_prune(job: Job, before: ModelShape, after: ModelShape, variant: str, step: Prune) -> StageEstimate:
     """`before` and `after` are the shapes that the step finds and leaves."""
     weights, itemsize = dense_bytes(after), ITEMSIZE[job.compute_dtype(before, "transformers", False)]
-    # The model, and the probabilities that trials are compared with.
+    # The model, the probabilities that trials are compared with, and two streams of hidden states as a third is made.
     peak = BASELINE_BYTES["quantize"] + itemsize * before.parameters
     tokens = (SEARCHED + step.held_out) * step.length if step.text else 0
     peak += tokens * before.head[0] * itemsize
+    peak += 3 * _fitted_tokens(step) * before.hidden * itemsize
     peak += BATCH_TOKENS * (ACTIVATION_COPIES * before.intermediate + 3 * before.head[0]) * 4
     peak += 3 * 8 * before.intermediate**2 if step.ffn else 5 * 4 * before.intermediate**2 if step.text else 0
     seconds = None
@@ -56,10 +57,9 @@ def _race(trials: int, batches: int) -> int:
 def _fitting(job: Job, shape: ModelShape, step: Prune) -> float:
     """Three passes of the text through every block that is fitted, and the moments of its last layer in float32; one
     through those before the first that goes, about half of them."""
-    if step.text is None or not (step.refit or step.ffn or step.kv_groups):
+    if not (tokens := _fitted_tokens(step)):
         return 0.0
     assert job.measured
-    tokens = (step.samples - step.held_out) * step.length
     dtype = job.compute_dtype(shape, "transformers", False)
     narrows = bool(step.ffn or step.kv_groups)
     passes = score_seconds(job, shape, "transformers", dtype, (3 if narrows else 2) * tokens, BATCH_TOKENS)
@@ -67,6 +67,13 @@ def _fitting(job: Job, shape: ModelShape, step: Prune) -> float:
     moments = 2 * tokens * shape.intermediate * (shape.intermediate + shape.hidden) * fitted
     assert passes is not None
     return passes + (2 if step.ffn else 1) * moments / (rate(job, "float32") * 0.5)
+
+
+def _fitted_tokens(step: Prune) -> int:
+    """Tokens that what stays is fitted to, or that its channels and heads are chosen by."""
+    if step.text is None or not (step.refit or step.ffn or step.kv_groups):
+        return 0
+    return (step.samples - step.held_out) * step.length
 
 
 def _gain(job: Job, before: ModelShape, after: ModelShape) -> str:

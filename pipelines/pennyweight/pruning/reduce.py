@@ -40,12 +40,14 @@ def reduce(model: Any, cut: Cut, windows: torch.Tensor, report: Callable[[str, f
     errors. A block is fitted to the whole model's states at the next block that stays; the first that is fitted comes
     before the first that goes.
     """
+    narrows = bool(cut.kept_groups or cut.kept_channels)
+    if not (narrows or cut.refit):
+        return 0
     name, blocks = decoder.blocks(model)
     batch = min(batch_of(windows), max(1, len(windows) // CHECKED))
     ids = [part for part in windows.split(batch) if len(part) == batch]
     states, keywords = at_the_first_block(model, blocks, ids)
     goal, reached, refitted = states, 0, 0
-    narrows = bool(cut.kept_groups or cut.kept_channels)
     kept = [index for index in range(len(blocks)) if index not in cut.removed]
     for number, index in enumerate(kept):
         following = kept[number + 1] if number + 1 < len(kept) else len(blocks)
