@@ -16,6 +16,7 @@ from pennyweight import checkpoints, installed
 from pennyweight.distillation import cache, generation
 from pennyweight.distillation import train as training
 from pennyweight.distillation.config import copied_layers, student_config
+from pennyweight.distillation.state import clean
 from pennyweight.distillation.train import Lessons, Work, batch_of, train
 from pennyweight.errors import StageError
 from pennyweight.quantization import decoder
@@ -351,6 +352,20 @@ def test_a_damaged_state_is_begun_again(
     assert (again.curve, again.losses, again.kept_step) == (whole.curve, whole.losses, whole.kept_step)
     assert len(told) == (3 if how == "untouched" else 9)
     assert [("state-00000006.pt" in line and "begins again" in line) for line in said] == [True] * (how != "untouched")
+
+
+def test_of_two_states_the_whole_one_is_gone_on_from(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        train(work(teacher, student, settings(steps=9), tmp_path), killed_at(7))
+    (state,) = tmp_path.glob("state-*.pt")
+    (tmp_path / "state-00000004.pt").write_bytes(b"")
+    (tmp_path / "state-00000008.pt").write_bytes(state.read_bytes()[:100])
+    assert (clean(tmp_path) or "").endswith("state-00000008.pt is damaged: it goes on from another one")
+    assert list(tmp_path.glob("state-*.pt")) == [state]
+    assert clean(tmp_path) is None
 
 
 def test_a_kill_before_the_result_is_in_the_store_loses_nothing(
@@ -696,6 +711,29 @@ def test_a_killed_student_goes_on_writing_as_if_nothing_had_been(
     assert again.tokens == whole.tokens
     files = [tmp_path / name / f"best-{whole.kept:08d}" / "model.safetensors" for name in ("whole", "broken")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("what", ["model.safetensors", "optimizer.pt", "trainer_state.json", "its best"])
+def test_a_damaged_state_of_a_student_that_writes_is_begun_again(
+    teacher: Checkpoint, writer: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_policy: Any, what: str
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step, store, said = writing(), Store(tmp_path / "store"), []
+    usual = context(teacher, step, store)
+    _, weights = made(writer, usual, step, tmp_path / "whole")
+    with pytest.raises(Killed):
+        made(writer, replace(usual, report=killed_at(5)), step, tmp_path / "killed")
+    (state,) = (store.root / "work").glob("distill-*/trl/checkpoint-*")
+    if what == "its best":
+        for best in state.parent.parent.glob("best-*"):
+            shutil.rmtree(best)
+    else:
+        damaged(state / what, "cut")
+    told: list[float] = []
+    again = replace(usual, say=said.append, report=lambda detail, done: told.append(done))
+    assert made(writer, again, step, tmp_path / "again")[1] == weights
+    assert len(told) == 6
+    assert ["checkpoint-4" in line and "begins again" in line for line in said] == [True]
 
 
 def test_a_writer_whose_loss_is_not_a_number_keeps_its_last_good_state(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -22,12 +21,12 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import DistillationConfig, DistillationTrainer
 
+from pennyweight.distillation.state import TRL, course_of
 from pennyweight.distillation.train import BEST, Lessons, Measure, Report, Training, batch_of
 from pennyweight.errors import StageError
 
 #: Steps of a training that minutes alone end.
 ENDLESS = 10**9
-STATES = "checkpoint-*/trainer_state.json"
 
 
 class OnPolicy(Training, TrainerCallback, ExportableState):
@@ -126,13 +125,12 @@ class OnPolicy(Training, TrainerCallback, ExportableState):
 
     def _resume(self) -> tuple[Lessons, str | None]:
         """The course so far, and the checkpoint that TRL's trainer goes on from."""
-        states = (self._workspace / "trl").glob(STATES)
-        for path in sorted(states, key=lambda path: int(path.parent.name.rpartition("-")[2]), reverse=True):
-            with contextlib.suppress(ValueError):  # cut off as it was written: the one before it is still there
-                kept = json.loads(path.read_text())["stateful_callbacks"][type(self).__name__]
-                course = Lessons.load(kept["attributes"]["course"])
+        folders = self._workspace.glob(TRL)
+        for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+            with contextlib.suppress(OSError, ValueError):  # cut off as it was written: the one before it is there
+                course = course_of(folder)
                 self._needed = BEST.format(course.kept)
-                return course, str(path.parent)
+                return course, str(folder)
         return Lessons(), None
 
 

@@ -50,7 +50,7 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
         context.store.workspace("distill", context.key) as workspace,
     ):
         if damage := clean(workspace):
-            context.say(f"{damage}: it begins again")
+            context.say(damage)
         context = _generated(step, context)
         cached = _cache(step, context)
         work, course = _train(checkpoint, step, context, workspace, cached)
