@@ -101,6 +101,17 @@ def test_a_worker_that_dies_elsewhere_ends_the_first_ones(
     assert any("nothing to be done" in line for line in pair.said)
 
 
+def test_the_cause_is_told_where_its_echo_is_heard_first(
+    pair: Pair, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dies = "import os, signal, time; time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+    echo = "print('RuntimeError: gloo: Connection closed by peer'); raise SystemExit(1)"
+    workers_that_run(monkeypatch, lambda rank: dies if rank else echo)
+    with pair.first, pytest.raises(StageError, match=r"process 1 of 2, on .*: exit code -9"):
+        pair.first.train(work, lambda *said: None, lambda *said: None)
+    assert pair.code.result(30) == 0
+
+
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path, tiny_recipe_text: str) -> None:
     recipe = yaml.safe_load(tiny_recipe_text)
     recipe["variants"] = {"taught": [{"distill": {"text": "calibration-text", "student": {"layers": 2}, "batch": 4}}]}

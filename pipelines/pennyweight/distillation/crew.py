@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ _PASSED_ON = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 #: Seconds until a file of another machine is seen at last, until all processes have answered, and until a worker has
 #: ended after the first one's did.
 SEEN, ANSWERED, ENDED = 60.0, 120.0, 30.0
+#: Seconds in which a process says why its worker failed, after another one's has noticed.
+SAID = 5.0
 _PAUSE = 0.2
 
 _leading: Crew | None = None
@@ -120,23 +123,26 @@ class Crew:
         if found := next(filter(None, faults), None):
             hint = "all machines must see the store (PENNYWEIGHT_HOME) and the base in the same places"
             raise StageError(f"distill: {found}", hint)
-        failures: list[str] = []
         try:
             with self._worker(order, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as worker:
-                watch = threading.Thread(target=self._watch, args=(name, worker, failures), daemon=True)
-                watch.start()
-                return hear(worker, work, report, measure, failures)
+                threading.Thread(target=self._watch, args=(name, worker), daemon=True).start()
+                return hear(worker, work, report, measure, partial(self._failures, name))
         finally:
             self._store.set(f"{name}/ended", "")
 
-    def _watch(self, name: str, worker: subprocess.Popen[str], failures: list[str]) -> None:
+    def _watch(self, name: str, worker: subprocess.Popen[str]) -> None:
         """End the worker once another one has failed, which it may not notice for long."""
         while worker.poll() is None:
             if self._store.check([f"{name}/failed"]):
-                failures.append(self._store.get(f"{name}/failed").decode())
                 worker.terminate()
                 return
             time.sleep(_PAUSE)
+
+    def _failures(self, name: str) -> list[str]:
+        """Why another process's worker failed, where one did."""
+        failed = f"{name}/failed"
+        self._await(failed, SAID)
+        return [self._store.get(failed).decode()] if self._store.check([failed]) else []
 
     # --- the others ---------------------------------------------------------------------------------------------------
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -55,12 +56,16 @@ def write_spec(work: Work) -> Path:
 
 
 def hear(
-    process: subprocess.Popen[str], work: Work, report: Report, measure: Measure, failures: Sequence[str] = ()
+    process: subprocess.Popen[str],
+    work: Work,
+    report: Report,
+    measure: Measure,
+    failures: Callable[[], list[str]] = list,
 ) -> Lessons:
     """What comes of a worker, or of a launcher of workers, that says so on its stdout.
 
     Raises StageError where it fails, and MemoryError where that is why. `failures` are those of other processes'
-    workers, there by the time that it ends.
+    workers, asked for where it gives no reason itself.
     """
     last: deque[str] = deque(maxlen=200)
     assert process.stdout
@@ -77,7 +82,8 @@ def hear(
     course = Path(work.workspace) / COURSE
     if process.wait() or not course.exists():
         print(*last, sep="\n")
-        reason = [*reasons(last), *failures, f"exit code {process.returncode}"][0]
+        killed = process.returncode < 0 and process.returncode != -signal.SIGTERM  # and not by us
+        reason = [*(reasons(last) or ([] if killed else failures())), f"exit code {process.returncode}"][0]
         if _MEMORY.search(reason):
             raise MemoryError(reason)
         hint = "the run's log has more; run the same command again, and it goes on from the last saved state"
