@@ -105,6 +105,12 @@ class Distillation(Record):
     training_seconds: float
     seconds: float = Field(description="with loading, and with writing the cache where it was not there; of a resumed "
                            "step, since it was resumed")  # fmt: skip
+    earlier: Distillation | None = Field(None, description="of the `distill` step before this one")
+
+    @property
+    def all(self) -> list[Distillation]:
+        """Of all `distill` steps up to this one, the first one first."""
+        return [*(self.earlier.all if self.earlier else []), self]
 
 
 class Checkpoint(Record):

@@ -248,6 +248,15 @@ def context(base: Checkpoint, step: Distill, store: Store) -> StepContext:
     return StepContext("cpu", 0, windows, base, teacher=base, store=store, key="a" * 64)
 
 
+def test_a_record_has_those_of_the_steps_before_it(teacher: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    step, store = settings(), Store(tmp_path / "store")
+    first, _ = made(student, context(teacher, step, store), step, tmp_path / "first")
+    taught = checkpoints.describe(tmp_path / "first", "test").model_copy(update={"distillation": first})
+    second, _ = made(taught, context(teacher, step, store), step, tmp_path / "second")
+    assert second.all == [first, second] and first.all == [first]
+    assert second.kl_before == pytest.approx(first.kl_after)
+
+
 def test_a_drawn_student_is_a_checkpoint_of_fewer_layers(teacher: Checkpoint, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

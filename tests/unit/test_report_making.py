@@ -144,6 +144,17 @@ def test_a_student_that_did_not_learn_is_called_so() -> None:
     assert "How the students learnt" not in page
 
 
+def test_all_that_was_learnt_is_shown() -> None:
+    later = {"kl_before": 0.3, "kl_after": 0.25, "curve": [(0, 0.3), (20, 0.25)], "seconds": 21.0}
+    page = render(distilled(DISTILLATION.model_copy(update={**later, "kept_step": 20, "earlier": DISTILLATION})))
+    made = page.partition("How the variants were made")[2].partition("</section>")[0]
+    assert 0 < made.index("distilled: 0.400 → 0.300") < made.index("distilled: 0.300 → 0.250")
+    assert "12 min 1 s" in made  # of both steps
+    plot = page.partition("How the students learnt")[2].partition("</section>")[0]
+    assert ", distill 1 of 2" in plot and ", distill 2 of 2" in plot
+    assert plot.count('class="line base"') == plot.count('class="mark base"') == 2
+
+
 def test_a_divergence_of_nothing_has_no_place_on_a_logarithmic_axis() -> None:
     best = {"kept_step": 0, "kl_before": 0.0, "kl_after": 0.0, "curve": [(0, 0.0), (20, 0.3), (40, 0.01)]}
     section = render(distilled(DISTILLATION.model_copy(update=best))).partition("How the students learnt")[2]

@@ -15,13 +15,19 @@ Curve = list[tuple[int, float]]
 
 
 def students(record: RunRecord) -> dict[str, Distillation]:
-    """What was distilled, by variant, where there is a curve to draw."""
-    found = {name: made.distillation for name, made in making.variants(record).items() if made.distillation}
-    return {name: made for name, made in found.items() if len(_drawable(made.curve)) > 1}
+    """What each `distill` step did, by the name of its line, where there is a curve to draw."""
+    found = {}
+    for variant, checkpoint in making.variants(record).items():
+        steps = checkpoint.distillation.all if checkpoint.distillation else []
+        for number, made in enumerate(steps, 1):
+            name = variant if len(steps) == 1 else f"{variant}, distill {number} of {len(steps)}"
+            if len(_drawable(made.curve)) > 1:
+                found[name] = made
+    return found
 
 
 def plot(record: RunRecord) -> Html:
-    """A line a variant of the held-out divergence, a dashed one of the training loss, and a mark at the state kept."""
+    """A line a step of the held-out divergence, a dashed one of the training loss, and a mark at the state kept."""
     lines = {name: (_drawable(made.curve), _drawable(made.losses)) for name, made in students(record).items()}
     everything = [point for curves in lines.values() for curve in curves for point in curve]
     x = linear_scale([0.0, float(max(step for step, _ in everything))], AREA.x, AREA.x + AREA.width, zero=True)

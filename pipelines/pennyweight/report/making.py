@@ -34,14 +34,16 @@ def _cells(made: Checkpoint, start: str) -> list[Html]:
     if start != "base":
         steps = [f"from {start}, {uri}", *steps]
     pruned = made.pruning.all if made.pruning else []
-    seconds = sum(part.seconds for part in (*pruned, made.distillation, made.rounding, made.healing) if part)
+    distilled = made.distillation.all if made.distillation else []
+    seconds = sum(part.seconds for part in (*pruned, *distilled, made.rounding, made.healing) if part)
+    learnt = [line for step in distilled for line in _distillation(step)] + _healing(made.healing)
     proved = made.rounding or made.pruning
     return [
         el("td", [el("div", step) for step in steps], class_="text"),
         el("td", [line for step in pruned for line in _taken_out(step)] or text.MISSING, class_="text"),
         el("td", _integers(made.rounding), class_="text"),
         el("td", f"{proved.reload_difference:.2g} nats" if proved else text.MISSING, class_="text"),
-        el("td", [*_distillation(made.distillation), *_healing(made.healing)] or text.MISSING, class_="text"),
+        el("td", learnt or text.MISSING, class_="text"),
         el("td", text.duration(seconds)),
     ]
 
@@ -78,9 +80,7 @@ def _integers(rounding: Rounding | None) -> list[Html] | str:
     return [el("div", line) for line in lines]
 
 
-def _distillation(made: Distillation | None) -> list[Html]:
-    if made is None:
-        return []
+def _distillation(made: Distillation) -> list[Html]:
     said = made.cache_bytes_per_token
     cached = f", teacher cached in {said} bytes a token" if said else ""
     kept = (

@@ -72,6 +72,7 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
             tokens_per_second=course.tokens / course.seconds if course.seconds else 0.0,
             training_seconds=course.seconds,
             seconds=time.monotonic() - begin,
+            earlier=checkpoint.distillation,
         )
 
 
