@@ -38,7 +38,7 @@ def run(checkpoint: Checkpoint, step: Prune, context: StepContext, files: Path) 
         raise StageError("prune takes plain weights, and these are quantized", "put `prune` before `quantize`")
     config = checkpoints.read_config(source)
     possible(config, step)
-    with out_of_memory_of("prune", "lower `length`"):
+    with out_of_memory_of("prune", "lower `samples` or `length`"):
         model = decoder.load(checkpoint, context.device)
         removed, choices, seen, text = frozenset(step.drop), [], None, None
         if context.calibration is not None:
