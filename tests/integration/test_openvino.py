@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,28 @@ def test_it_serves_what_is_judged(checkpoint: Path, files: Path) -> None:
     chosen = logprobs.gather(-1, torch.from_numpy(ids[:, IDS.shape[1] :, None]))[..., 0]
     below = logprobs.max(-1).values - chosen
     assert below.max() < 0.05
+
+
+def test_what_checks_a_generator_keeps_no_kernels(
+    checkpoint: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as are kept are not given back with the graph."""
+    engine = importlib.import_module("openvino")
+    asked: list[dict[str, Any]] = []
+
+    class Core(engine.Core):
+        def compile_model(self, graph: Any, device: str, properties: dict[str, Any]) -> Any:
+            asked.append(properties)
+            return super().compile_model(graph, device, properties)
+
+    monkeypatch.setattr(engine, "Core", Core)
+    session = load("openvino", checkpoint, files)
+    session.logits(IDS[:1])
+    session.forget_scorer()
+    session.generate(IDS[:1, :8], 2)
+    session.logits(IDS[:1])
+    session.close()
+    assert [properties.get("CPU_RUNTIME_CACHE_CAPACITY") for properties in asked] == [None, 0]
 
 
 def test_bytes_are_those_of_the_file(files: Path) -> None:

@@ -309,7 +309,12 @@ class OpenVinoSession:
                 core = openvino.Core()
                 # Read whole: the files behind a mapped model would be gone with their folder.
                 core.set_property({"ENABLE_MMAP": False})
-                self._scorer = core.compile_model(graph, "CPU", _threads()).create_infer_request()
+                properties: dict[str, Any] = _threads()
+                if self._generator is not None:
+                    # Kernels that are kept go with the process alone. Beside a generator a scorer only checks it, and a
+                    # server would grow with each model that it checks.
+                    properties["CPU_RUNTIME_CACHE_CAPACITY"] = 0
+                self._scorer = core.compile_model(graph, "CPU", properties).create_infer_request()
         return self._scorer
 
     def _load_generator(self) -> Any:
