@@ -110,13 +110,9 @@ def test_two_layers_learn_a_language_to_its_entropy(
     assert entropy < cross_entropy < entropy + (0.1 if kind == "text alone" else 0.03)
 
 
-def test_killed_training_goes_on_as_if_nothing_had_been(
-    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
-    step = settings(steps=9, check_every=2, accumulate=2)
-    whole = train(work(teacher, student, step, tmp_path / "whole"))
-    broken, told = work(teacher, student, step, tmp_path / "broken"), []
+def killed_in_the_fifth_step(broken: Work) -> list[float]:
+    """What it reported until then, to which more can be added."""
+    told: list[float] = []
 
     class Killed(BaseException):
         pass
@@ -128,6 +124,17 @@ def test_killed_training_goes_on_as_if_nothing_had_been(
 
     with pytest.raises(Killed):
         train(broken, kill)
+    return told
+
+
+def test_killed_training_goes_on_as_if_nothing_had_been(
+    teacher: Checkpoint, student: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step = settings(steps=9, check_every=2, accumulate=2)
+    whole = train(work(teacher, student, step, tmp_path / "whole"))
+    broken = work(teacher, student, step, tmp_path / "broken")
+    told = killed_in_the_fifth_step(broken)
     again = train(broken, lambda detail, done: told.append(done))
     assert len(told) == 5 + 5  # the fifth step came after the last saved state, and is done again
     assert (again.curve, again.losses, again.kept) == (whole.curve, whole.losses, whole.kept)
@@ -699,18 +706,8 @@ def test_a_killed_student_goes_on_writing_as_if_nothing_had_been(
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     step = writing(steps=9, windows=12, accumulate=2, batch=4, check_every=2)
     whole = train(work(teacher, writer, step, tmp_path / "whole"))
-    broken, told = work(teacher, writer, step, tmp_path / "broken"), []
-
-    class Killed(BaseException):
-        pass
-
-    def kill(detail: str, done: float) -> None:
-        told.append(done)
-        if len(told) == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(broken, kill)
+    broken = work(teacher, writer, step, tmp_path / "broken")
+    told = killed_in_the_fifth_step(broken)
     cut_off = tmp_path / "broken" / "trl" / "checkpoint-6" / "trainer_state.json"
     cut_off.parent.mkdir()
     cut_off.write_text("{")

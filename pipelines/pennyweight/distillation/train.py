@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight.distillation.cache import Cached, last_states, select
+from pennyweight.distillation.cache import Cached, select
 from pennyweight.distillation.losses import IGNORED, Live, Objective, Target, chunked_loss
+from pennyweight.distillation.teachers import CachedTeacher, LiveTeacher, head_of
 from pennyweight.healing.loss import relative_distance
 from pennyweight.healing.train import Course, schedule
 from pennyweight.quantization import decoder
@@ -201,12 +202,12 @@ class Training(ABC):
         chosen = self._chosen_of(numbers)
         return len(numbers) * self._settings.length if chosen is None else max(int(chosen.sum()), 1)
 
-    def _teaching(self) -> _LiveTeacher | _CachedTeacher:
+    def _teaching(self) -> LiveTeacher | CachedTeacher:
         if self._work.cache is None or self._settings.teacher == "live":
-            return _LiveTeacher(decoder.load(self._work.teacher, str(self._accelerator.device)), self._held_out)
+            return LiveTeacher(decoder.load(self._work.teacher, str(self._accelerator.device)), self._held_out)
         cached = Cached(Path(self._work.cache), self._settings.teacher, self._accelerator.device)
         dtype = decoder.compute_dtype(self._work.teacher.dtype, self._work.device)
-        return _CachedTeacher(cached, head_of(self._work.teacher).to(self._accelerator.device, dtype))
+        return CachedTeacher(cached, head_of(self._work.teacher).to(self._accelerator.device, dtype))
 
     def _begin(self, course: Lessons, measure: Measure) -> None:
         if not course.curve:
@@ -393,41 +394,6 @@ class Loop(Training):
         return course
 
 
-@dataclass(frozen=True)
-class _LiveTeacher:
-    """The teacher reads every batch. What it says to the held-out text is computed once."""
-
-    model: Any
-    windows: torch.Tensor
-    _held: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def head(self) -> torch.Tensor:
-        return self.model.get_output_embeddings().weight
-
-    def target(self, ids: torch.Tensor, numbers: list[int], chosen: torch.Tensor | None) -> Target:
-        return Live(select(last_states(self.model, ids), chosen), self.head)
-
-    def held_out(self, numbers: list[int], length: int, chosen: torch.Tensor | None) -> Target:
-        for number in numbers:
-            if number not in self._held:
-                self._held[number] = last_states(self.model, self.windows[number : number + 1])
-        return Live(select(torch.cat([self._held[number] for number in numbers]), chosen), self.head)
-
-
-@dataclass(frozen=True)
-class _CachedTeacher:
-    cached: Cached
-    head: torch.Tensor
-
-    def target(self, ids: torch.Tensor, numbers: list[int], chosen: torch.Tensor | None) -> Target:
-        return self.cached.target(numbers, chosen)
-
-    def held_out(self, numbers: list[int], length: int, chosen: torch.Tensor | None) -> Target:
-        states = self.cached.held_out.view(-1, length, self.head.shape[1])[numbers].flatten(0, 1)
-        return Live(select(states.to(self.head.device), chosen), self.head)
-
-
 def batch_of(number: int, windows: int, batch: int) -> list[int]:
     """The windows of a training's batch, counted from 0: in the text's order, then in other orders again and again.
     Windows that fill no batch are left out of a round."""
@@ -442,26 +408,6 @@ def _order(round_: int, windows: int) -> list[int]:
     if round_ == 0:
         return list(range(windows))
     return torch.randperm(windows, generator=torch.Generator().manual_seed(round_)).tolist()
-
-
-def head_of(checkpoint: Checkpoint) -> torch.Tensor:
-    """A checkpoint's output matrix (vocabulary, width), without the rest of the model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint.path))
-    name = decoder.embedding_name(model) if decoder.is_tied(model) else decoder.head_name(model)
-    return _read_tensor(Path(checkpoint.path), f"{name}.weight")
-
-
-def _read_tensor(folder: Path, name: str) -> torch.Tensor:
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            if name in file.keys():  # noqa: SIM118
-                return file.get_tensor(name)
-    raise KeyError(name)
 
 
 def _refuse_full_disk(folder: Path, size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,8 +10,38 @@ from pennyweight.recipe.calibration import Calibration
 from pennyweight.schema import Section
 
 
-class _Budgeted(ABC):
-    """A training that a budget of its fields `steps`, `tokens` and `minutes` ends."""
+class _Training(Section):
+    """What all trainings have: text, and a budget that ends them."""
+
+    text_key: ClassVar[str] = "text"
+    default_steps: ClassVar[int]
+
+    text: str
+    """Name of a text data set to learn on. Must share no text with the evaluation."""
+    steps: int | None = Field(None, ge=1)
+    """Budget: steps of the optimizer. Where no budget is given, 60 of `recover`, 100 of `distill`."""
+    tokens: int | None = Field(None, ge=1)
+    """Budget: tokens learnt on."""
+    minutes: float | None = Field(None, gt=0)
+    """Budget: time of the training itself. Another run may do other steps in it, and give other weights."""
+    windows: int | None = Field(None, ge=1)
+    """Windows of text to learn on, read again in another order once used up. Left out: as many as the budget of
+    steps or tokens takes, 1,024 where only minutes end it."""
+    batch: int = Field(4, ge=1)
+    """Windows that go through the models at once, over all processes."""
+    length: int = Field(256, ge=16)
+    """Tokens in a window."""
+    held_out: int = Field(8, ge=1)
+    """Windows that are not learnt on, and decide which state is kept."""
+    allow_overlap: bool = False
+    """Report text that the evaluation uses too, instead of refusing the variant."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_a_budget(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not {"steps", "tokens", "minutes"} & value.keys():
+            return {**value, "steps": cls.default_steps}
+        return value
 
     @property
     def limits(self) -> dict[str, float]:
@@ -21,9 +50,14 @@ class _Budgeted(ABC):
         return {name: value for name, value in given.items() if value is not None}
 
     @property
-    @abstractmethod
+    def step_windows(self) -> int:
+        """Windows that one step of the optimizer learns on."""
+        return self.batch
+
+    @property
     def step_tokens(self) -> int:
         """Tokens that one step of the optimizer learns on."""
+        return self.step_windows * self.length
 
     @property
     def most_steps(self) -> int | None:
@@ -33,29 +67,25 @@ class _Budgeted(ABC):
         counted += [-(-int(limits["tokens"]) // self.step_tokens)] if "tokens" in limits else []
         return min(counted, default=None)
 
+    @property
+    def calibrate(self) -> Calibration:
+        """The text it takes: windows held out, and those to learn on."""
+        learnt = self.windows or (1024 if self.most_steps is None else self.most_steps * self.step_windows)
+        samples = self.held_out + max(learnt, self.batch)
+        return Calibration(source=self.text, samples=samples, length=self.length, allow_overlap=self.allow_overlap)
 
-class Recover(_Budgeted, Section):
+    def _budget(self) -> str:
+        limits = " or ".join(f"{value:,g} {name}" for name, value in self.limits.items())
+        return f"{limits} of {self.step_windows} × {self.length} tokens"
+
+
+class Recover(_Training):
     """Heal a quantized checkpoint: train what is not an integer to predict what the base predicts."""
 
     imitates_base: ClassVar[bool] = True
-    text_key: ClassVar[str] = "text"
+    default_steps: ClassVar[int] = 60
 
     kind: Literal["recover"] = "recover"
-    text: str
-    """Name of a text data set to learn on. Must share no text with the evaluation."""
-    steps: int | None = Field(None, ge=1)
-    """Budget: steps of the optimizer. Where no budget is given, 60."""
-    tokens: int | None = Field(None, ge=1)
-    """Budget: tokens learnt on."""
-    minutes: float | None = Field(None, gt=0)
-    """Budget: time of the training itself. Another run may do other steps in it, and give other weights."""
-    windows: int | None = Field(None, ge=1)
-    """Windows of text to learn on, read again in another order once used up. Left out: as many as the budget of
-    steps or tokens takes, 1,024 where only minutes end it."""
-    batch: int = Field(4, ge=1)
-    """Windows in a step."""
-    length: int = Field(256, ge=16)
-    """Tokens in a window."""
     learning_rate: float = Field(0.0015, gt=0, lt=1)
     """Of AdamW, after a warm-up and before a cosine. A fraction of each scale, and of a norm's mean weight. 0.005
     suits rtn, which leaves scales far from where they do best."""
@@ -69,8 +99,6 @@ class Recover(_Budgeted, Section):
     """low_rank and adapter: inner size of the product."""
     hidden: float = Field(0.0, ge=0)
     """Weight in the loss of the last hidden states' relative squared distance from the base's."""
-    held_out: int = Field(8, ge=1)
-    """Windows that are not learnt on, and decide which state is kept."""
     check_every: int = Field(10, ge=1)
     """Steps between two looks at the held-out windows."""
     patience: int = Field(3, ge=1)
@@ -78,25 +106,12 @@ class Recover(_Budgeted, Section):
     compile: bool = False
     """Compile both models' passes first, with torch.compile: faster steps after some minutes. A CPU needs a C++
     compiler for it."""
-    allow_overlap: bool = False
-    """Report text that the evaluation uses too, instead of refusing the variant."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_a_budget(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not {"steps", "tokens", "minutes"} & value.keys():
-            return {**value, "steps": 60}
-        return value
 
     @model_validator(mode="after")
     def _moves_integers_one_way(self) -> Recover:
         if {"rounding", "low_rank"} <= set(self.train):
             raise ValueError("`rounding` and `low_rank` both move the integers; keep one of them")
         return self
-
-    @property
-    def step_tokens(self) -> int:
-        return self.batch * self.length
 
     @property
     def moves(self) -> Literal["none", "by-one", "low-rank"]:
@@ -108,16 +123,8 @@ class Recover(_Budgeted, Section):
         """The result is larger by a LoRA adapter."""
         return "adapter" in self.train
 
-    @property
-    def calibrate(self) -> Calibration:
-        """The text it takes: the held-out windows, then those to learn on."""
-        learnt = self.windows or (1024 if self.most_steps is None else self.most_steps * self.batch)
-        samples = self.held_out + max(learnt, self.batch)
-        return Calibration(source=self.text, samples=samples, length=self.length, allow_overlap=self.allow_overlap)
-
     def describe(self) -> str:
-        budget = " or ".join(f"{value:,g} {name}" for name, value in self.limits.items())
-        return f"recover {', '.join(self.train)}: {budget} of {self.batch} × {self.length} tokens"
+        return f"recover {', '.join(self.train)}: {self._budget()}"
 
 
 class TeacherCache(Section):
@@ -170,15 +177,13 @@ _NOT_ON_POLICY = {
 }
 
 
-class Distill(_Budgeted, Section):
+class Distill(_Training):
     """Train all weights of a checkpoint, or of a student drawn from the base, to predict what the base predicts."""
 
     imitates_base: ClassVar[bool] = False
-    text_key: ClassVar[str] = "text"
+    default_steps: ClassVar[int] = 100
 
     kind: Literal["distill"] = "distill"
-    text: str
-    """Name of a text data set to learn on. Must share no text with the evaluation."""
     answers: bool = False
     """Learn from answers alone, of data with `messages` or with `prompt` and `answer`; what comes before is read."""
     generate: Generate | None = None
@@ -204,27 +209,12 @@ class Distill(_Budgeted, Section):
     teacher: Literal["live"] | TeacherCache = "live"
     """live: the base reads every batch. `{cache, k}`: what it says is computed once, kept in the store, and shared by
     all variants that learn on the same windows."""
-    steps: int | None = Field(None, ge=1)
-    """Budget: steps of the optimizer. Where no budget is given, 100."""
-    tokens: int | None = Field(None, ge=1)
-    """Budget: tokens learnt on."""
-    minutes: float | None = Field(None, gt=0)
-    """Budget: time of the training itself. Another run may do other steps in it, and give other weights."""
-    windows: int | None = Field(None, ge=1)
-    """Windows of text to learn on, read again in another order once used up. Left out: as many as the budget of
-    steps or tokens takes, 1,024 where only minutes end it."""
-    batch: int = Field(4, ge=1)
-    """Windows that go through the models at once, over all processes."""
     accumulate: int = Field(1, ge=1)
     """Batches in a step of the optimizer."""
-    length: int = Field(256, ge=16)
-    """Tokens in a window."""
     learning_rate: float = Field(0.0002, gt=0, lt=1)
     """Of AdamW, after a warm-up and before a cosine."""
     warm_up: float = Field(0.05, ge=0, lt=1)
     """Fraction of the budget over which the learning rate rises."""
-    held_out: int = Field(8, ge=1)
-    """Windows that are not learnt on, and decide which state is kept."""
     check_every: int = Field(20, ge=1)
     """Steps between two looks at the held-out windows."""
     patience: int = Field(5, ge=1)
@@ -232,15 +222,6 @@ class Distill(_Budgeted, Section):
     processes: int = Field(1, ge=1)
     """Processes that share each batch, on this machine. 1 on a machine of several GPUs uses one of them. Where torchrun
     or `accelerate launch` started the run, all processes that they started do, whatever this says."""
-    allow_overlap: bool = False
-    """Report text that the evaluation uses too, instead of refusing the variant."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_a_budget(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not {"steps", "tokens", "minutes"} & value.keys():
-            return {**value, "steps": 100}
-        return value
 
     @model_validator(mode="after")
     def _settings_fit_loss(self) -> Distill:
@@ -284,21 +265,11 @@ class Distill(_Budgeted, Section):
         return "trl" if self.on_policy else "pennyweight"
 
     @property
-    def step_tokens(self) -> int:
-        return self.batch * self.accumulate * self.length
-
-    @property
-    def calibrate(self) -> Calibration:
-        """The text it takes: the held-out windows, then those to learn on."""
-        a_step = self.batch * self.accumulate
-        learnt = self.windows or (1024 if self.most_steps is None else self.most_steps * a_step)
-        samples = self.held_out + max(learnt, self.batch)
-        return Calibration(source=self.text, samples=samples, length=self.length, allow_overlap=self.allow_overlap)
+    def step_windows(self) -> int:
+        return self.batch * self.accumulate
 
     def describe(self) -> str:
-        budget = " or ".join(f"{value:,g} {name}" for name, value in self.limits.items())
         student = f"{self.student.layers} layers, " if self.student else ""
         cached = "" if self.teacher == "live" else f", {self.teacher.cache} of {self.teacher.k} cached"
         written = ", on policy" if self.on_policy else ""
-        shape = f"{self.batch * self.accumulate} × {self.length} tokens"
-        return f"distill {student}{self.loss}{cached}{written}: {budget} of {shape}"
+        return f"distill {student}{self.loss}{cached}{written}: {self._budget()}"

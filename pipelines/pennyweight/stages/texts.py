@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pennyweight import datasets, runtimes, shipped
+from pennyweight import datasets, overlap, runtimes, shipped
 from pennyweight.errors import StageError
 from pennyweight.recipe import Distill, Recipe, Recover
 from pennyweight.records import Checkpoint
@@ -173,7 +173,7 @@ def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Text
                         ref = next(ref for ref in suite.tasks if ref.task == against)
                         evaluation = datasets.question_tokens(load_tokenizer(base), data[task_data(ref)])
                     spell = load_tokenizer(base).decode
-                    found = datasets.token_overlap(texts.load(name), evaluation, decode=spell)
+                    found = overlap.measure(texts.load(name), evaluation, decode=spell)
                     return found.model_dump(mode="json")
 
                 inputs = {"version": 3, "calibration": texts.digests[name], "evaluation": digest}
@@ -182,8 +182,8 @@ def check_overlap(run: Run, base: Checkpoint, data: dict[str, Path], texts: Text
                 variant, _, index = name.removeprefix("calibration/").rpartition("/")
                 calibrate = run.recipe.variants[variant][int(index)].calibrate
                 try:
-                    found = datasets.Overlap.model_validate(entry.record)
-                    datasets.refuse_overlap(found, variant, _key(run.recipe, name))
+                    found = overlap.Overlap.model_validate(entry.record)
+                    overlap.refuse(found, variant, _key(run.recipe, name))
                 except StageError as error:
                     if calibrate and calibrate.allow_overlap:
                         notes.append(f"Allowed by the recipe: {error.message}")
