@@ -15,16 +15,16 @@ _RELATIVE = {"kl_mean", "kl_p99", "kl_p999", "top1_agreement", "nll_delta"}
 
 
 def candidates_table(record: RunRecord) -> Html:
-    """Everything that was measured, one row a candidate."""
+    """Everything that was measured, one row a candidate; what it costs comes first: narrow windows cut off the rest."""
     metrics, loads, load = facts.metric_names(record), facts.concurrencies(record), facts.decide_at(record)
     front = facts.front_ids(record)
-    groups = [("", 1), ("Weights", 1), *_metric_groups(metrics), ("Output tokens/s", len(loads))]
-    groups += [(f"Latency at {load}, ms", 2), (f"Cost at {load}", 2)]
-    columns = ["candidate", "MB", *(text.METRIC_LABELS.get(name, name.rpartition("/")[2]) for name in metrics)]
-    columns += [f"at {count}" for count in loads]
-    columns += ["TTFT p50, p95", "TPOT p50, p95", "$ per 1M tokens", "saving"]
-    bounds = [None, None, *(_bound(record, name) for name in metrics)]
-    bounds += [None] * (len(columns) - len(bounds) - 1) + [_saving_bound(record)]
+    groups = [("", 1), (f"Cost at {load}", 2), ("Weights", 1), *_metric_groups(metrics)]
+    groups += [("Output tokens/s", len(loads)), (f"Latency at {load}, ms", 2)]
+    columns = ["candidate", "$ per 1M tokens", "saving", "MB"]
+    columns += [text.METRIC_LABELS.get(name, name.rpartition("/")[2]) for name in metrics]
+    columns += [*(f"at {count}" for count in loads), "TTFT p50, p95", "TPOT p50, p95"]
+    bounds = [None, None, _saving_bound(record), None, *(_bound(record, name) for name in metrics)]
+    bounds += [None] * (len(columns) - len(bounds))
     head = el(
         "thead",
         el("tr", [el("th", name, colspan=span, scope="colgroup") for name, span in groups if span], class_="groups"),
@@ -53,10 +53,10 @@ def _candidate_row(
         scope="row",
     )
     point = facts.point_at(result, facts.decide_at(record))
-    cells = [_size(record, result), *(_metric(name, facts.metric_of(result, name)) for name in metrics)]
+    cells = [el("td", text.usd(point.usd_per_1m_tokens if point else None), class_="cost"), _saving(point)]
+    cells += [_size(record, result), *(_metric(name, facts.metric_of(result, name)) for name in metrics)]
     cells += [_throughput(facts.point_at(result, count)) for count in loads]
     cells += [_latency(point.ttft_ms if point else None), _latency(point.tpot_ms if point else None)]
-    cells += [el("td", text.usd(point.usd_per_1m_tokens if point else None), class_="cost"), _saving(point)]
     classes = [status, "winner" if won else "", "front" if result.id in front else ""]
     return el("tr", name, cells, class_=" ".join(filter(None, classes)))
 
