@@ -7,7 +7,9 @@ too long; the others are plain, some streamed. Every prompt begins with a number
 the tokens of that prompt. With --promote, `pennyweight promote` makes each of those versions of a NAME@ALIAS the
 champion in turn, at even distances, and the server has to swap. What is resident is told for the end of each phase:
 engines differ in size, so phases of one version are to be compared. At the end each answer's tokens are scored alone by
-the model whose fingerprint the answer carries: none may be more than 0.5 nat less likely than the best.
+the model whose fingerprint the answer carries: none may be more than 0.5 nat less likely than the best. Beside them
+stand answers to the same prompts that the model gives alone, scored in the same way: what those are off by is the
+engine's own, which multiplies a prompt by other kernels than single tokens.
 """
 
 from __future__ import annotations
@@ -171,6 +173,12 @@ def rescore(session: Session, answers: list[tuple[list[int], list[int]]]) -> lis
     return below
 
 
+def alone(session: Session, answers: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], list[int]]]:
+    """The same prompts, with what the model answers to one at a time."""
+    said = [session.generate(np.array([prompt], np.int64), len(answer)).tokens[0] for prompt, answer in answers]
+    return [(prompt, list(map(int, tokens))) for (prompt, _), tokens in zip(answers, said)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target")
@@ -212,12 +220,13 @@ def main() -> None:
         }.values():
             mine = [answer[1:] for answer in soak.answers if answer[0] == fingerprint][: args.rescore]
             target = f"models:/{name}/{version}" if version else args.target
-            below = rescore(_session(target, args.runtime, stack), mine)
-            over = sum(value > BAR for value in below)
-            print(
-                f"{fingerprint} {f'version {version}, ' if version else ''}{len(mine)} answers of {len(below)} tokens "
-                f"scored alone: at most {max(below):.3f} nat below the best, {over} above the bar of {BAR}"
-            )
+            session = _session(target, args.runtime, stack)
+            print(f"{fingerprint} {f'version {version}, ' if version else ''}{len(mine)} answers, tokens scored alone:")
+            for how, pairs in (("served", mine), ("alone", alone(session, mine))):
+                below = rescore(session, pairs)
+                over = sum(value > BAR for value in below)
+                worst = f"at most {max(below):.3f} nat below the best"
+                print(f"  {how}: {len(below)} tokens, {worst}, {over} above the bar of {BAR}")
 
 
 async def _versions(url: str) -> tuple[str | None, str]:
