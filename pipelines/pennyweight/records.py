@@ -95,6 +95,7 @@ class Distillation(Record):
     tokens: int = Field(description="tokens learnt on")
     ended_by: str = Field(description="the limit of its budget that was reached, `patience`, or where the loss failed")
     kept_step: int = Field(description="the step whose weights were kept, the best on held-out text")
+    shared_blocks: int = Field(0, description="the first blocks, which are the base's and did not learn")
     kl_before: float = Field(description="nats per token from the base, on text that was not learnt on")
     kl_after: float
     curve: list[tuple[int, float]] = Field(description="(step, held-out KL)")

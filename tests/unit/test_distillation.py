@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from pennyweight import checkpoints, installed
-from pennyweight.distillation import cache, generation
+from pennyweight import checkpoints, installed, machine
+from pennyweight.distillation import cache, generation, trunk
 from pennyweight.distillation import train as training
 from pennyweight.distillation.config import copied_layers, student_config
 from pennyweight.distillation.state import clean
 from pennyweight.distillation.train import Lessons, Work, batch_of, train
+from pennyweight.distillation.trunk import shared_blocks
 from pennyweight.errors import StageError
 from pennyweight.quantization import decoder
-from pennyweight.recipe import Distill, Generate, Quantize, TeacherCache
+from pennyweight.recipe import Distill, Generate, Prune, Quantize, TeacherCache
 from pennyweight.recipe.order import check_order
 from pennyweight.records import Checkpoint
 from pennyweight.steps import StepContext, distill
@@ -162,6 +164,67 @@ def test_all_weights_learn_tied_ones_once(teacher: Checkpoint, student: Checkpoi
     after = checkpoints.read_tensors(tmp_path / f"best-{course.kept:08d}")
     assert before.keys() == after.keys()
     assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+# --- what a student shares with its teacher --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return checkpoint(tmp_path_factory.mktemp("whole"), layers=5)
+
+
+@pytest.fixture
+def shorter(whole: Checkpoint, tmp_path: Path) -> Checkpoint:
+    return without(whole, {2}, tmp_path / "shorter")
+
+
+def without(whole: Checkpoint, removed: set[int], folder: Path) -> Checkpoint:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(whole.path)
+    kept = [block for index, block in enumerate(model.model.layers) if index not in removed]
+    model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
+    model.save_pretrained(folder)
+    return checkpoints.describe(folder, "shorter")
+
+
+def test_blocks_are_shared_up_to_the_first_that_differs(whole: Checkpoint, student: Checkpoint, tmp_path: Path) -> None:
+    for removed, shared in (({2}, 2), ({1, 3}, 1), ({0}, 0), ({4}, 3)):
+        shorter = without(whole, removed, tmp_path / f"without-{min(removed)}")
+        assert shared_blocks(Path(whole.path), Path(shorter.path)) == shared
+    assert shared_blocks(Path(whole.path), Path(student.path)) == 0
+
+
+def test_after_a_cut_only_the_blocks_behind_it_learn(whole: Checkpoint, shorter: Checkpoint, tmp_path: Path) -> None:
+    step, store, files = settings(train="after_cut"), Store(tmp_path / "store"), tmp_path / "files"
+    files.mkdir()
+    record = distill.run(shorter, step, context(whole, step, store), files)
+    assert record.shared_blocks == 2
+    assert record.kl_after < record.kl_before
+    before, after = (checkpoints.read_tensors(Path(folder)) for folder in (shorter.path, files))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.startswith(("model.layers.2.", "model.layers.3."))}
+
+
+def test_a_shared_pass_gives_what_two_give(
+    whole: Checkpoint, shorter: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "has_native_bf16", lambda: False)  # float32 throughout
+    curves, given = [], []
+    for name, sharing in (("one", trunk.beginning_with), ("two", lambda *_: nullcontext())):
+        monkeypatch.setattr(training, "beginning_with", lambda *what, to=sharing: given.append(what) or to(*what))
+        begun = replace(work(whole, shorter, settings(train="after_cut"), tmp_path / name), shared=2)
+        curves.append(train(begun).curve)
+    assert curves[0] == curves[1]
+    assert all(states.shape == (4, 16, 32) and len(blocks) == 2 for states, blocks in given)
+
+
+def test_a_student_without_the_bases_first_block_has_no_cut(whole: Checkpoint, tmp_path: Path) -> None:
+    step, shorter = settings(train="after_cut"), without(whole, {0}, tmp_path / "shorter")
+    with pytest.raises(StageError, match="first block is none of the base's") as found:
+        distill.run(shorter, step, context(whole, step, Store(tmp_path / "store")), tmp_path)
+    assert found.value.hint == "remove `train: after_cut`"
 
 
 def test_batches_take_every_window_once_a_round() -> None:
@@ -584,12 +647,20 @@ def test_a_drawn_student_comes_first() -> None:
         check_order([Quantize(scheme="w8a16"), settings()])
 
 
-def test_the_windows_drawn_last_are_held_out() -> None:
+def test_after_a_cut_first_blocks_must_be_the_bases() -> None:
+    cut, after = Prune(drop=[2]), settings(train="after_cut")
+    assert check_order([cut, after, after])
+    with pytest.raises(ValueError, match="and the prune before it makes all of them narrower"):
+        check_order([Prune(ffn=0.5, text="any"), after])
+    with pytest.raises(ValueError, match="and the distill before it trains all of them: leave `train` out"):
+        check_order([cut, settings(), after])
+
+
+def test_the_windows_drawn_last_come_first() -> None:
     drawn = np.arange(6)[:, None].repeat(16, 1)
-    context = StepContext("cpu", 0, calibration=drawn, answers=drawn > 2)
-    found = distill._held_out_first(Distill(text="x", steps=1, batch=4, length=16, held_out=2), context)
-    assert found.calibration[:, 0].tolist() == [4, 5, 0, 1, 2, 3]
-    assert found.answers[:, 0].tolist() == [True, True, False, False, False, True]
+    found = distill._last_first(StepContext("cpu", 0, calibration=drawn, answers=drawn > 2))
+    assert found.calibration[:, 0].tolist() == [5, 4, 3, 2, 1, 0]
+    assert found.answers[:, 0].tolist() == [True, True, True, False, False, False]
 
 
 # --- on policy --------------------------------------------------------------------------------------------------------

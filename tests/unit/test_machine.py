@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pennyweight import machine, speed
 from pennyweight.errors import StageError, UsageError
-from pennyweight.memory import PeakMemory, out_of_memory_of
+from pennyweight.memory import PeakMemory, out_of_memory_of, release_memory, resident_bytes, reused_memory
 from pennyweight.records import Measured
 
 XEON = """\
@@ -180,6 +183,21 @@ def test_peak_memory_sees_a_passing_allocation() -> None:
     assert memory.peak_bytes - before.peak_bytes > 190 << 20
     assert memory.peak_bytes - memory.start_bytes > 190 << 20
     assert memory.end_bytes - memory.start_bytes < 20 << 20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides for itself")
+def test_freed_memory_is_kept_while_it_is_asked_for_again() -> None:
+    block, grown = 100 << 20, {}
+    for kept in (True, False):
+        with reused_memory() if kept else nullcontext():
+            before = resident_bytes()
+            array = np.ones(block, np.uint8)
+            del array
+            grown[kept] = resident_bytes() - before
+        release_memory()
+        assert resident_bytes() - before < block // 2
+    assert grown[True] > block * 0.9
+    assert grown[False] < block // 2
 
 
 def test_measured_speed_is_plausible() -> None:

@@ -763,6 +763,28 @@ def test_what_cannot_be_distilled(calm: Store) -> None:
     assert "windows of 100 tokens; the model knows 64 positions" in message
 
 
+def test_what_comes_after_a_cut_takes_less_time_and_memory(calm: Store) -> None:
+    learns = {"text": "wiki", "steps": 10, "length": 32}
+    steps = {name: [SHORTER, {"distill": learns | {"train": name}}] for name in ("all", "after_cut")}
+    made = make_plan(recipe(steps, **LOOSE), calm)
+    assert not made.problems
+    whole, part = (next(s for s in made.stages if (s.stage, s.subject) == ("distill", name)) for name in steps)
+    assert part.seconds < whole.seconds
+    # A block and the embedding do without a gradient and AdamW's two moments, in float32.
+    assert whole.peak_memory_bytes - part.peak_memory_bytes == pytest.approx(12 * (LAYER + EMBEDDING), rel=0.01)
+    assert whole.disk_bytes - part.disk_bytes == pytest.approx(8 * (LAYER + EMBEDDING), rel=0.01)
+
+
+def test_nothing_comes_before_a_cut_at_the_first_block(calm: Store) -> None:
+    steps = [{"prune": {"drop": [0]}}, {"distill": {"text": "wiki", "length": 32, "train": "after_cut"}}]
+    made = make_plan(recipe({"a": steps}, **LOOSE), calm)
+    (problem,) = problems(made)
+    assert problem == (
+        "variants.a.1.distill.train",
+        "the first block goes, or is fitted, so none before the cut is the base's",
+    )
+
+
 def test_a_student_that_writes_takes_its_time(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(installed, "installed_version", lambda package: "1")
     learns = {"text": "wiki", "steps": 10, "batch": 2, "accumulate": 3, "length": 32}

@@ -113,7 +113,6 @@ def _row(said: torch.Tensor, settings: TeacherCache, generator: torch.Generator,
     return np.concatenate([named, padded.view(number)], -1)
 
 
-@torch.no_grad()
 def last_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """What the head is applied to, (windows × tokens, width)."""
     return model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)

@@ -53,6 +53,8 @@ class Live:
 
     states: torch.Tensor
     head: torch.Tensor
+    trunk: torch.Tensor | None = None
+    """Hidden states after the blocks that the student shares with it, (windows, tokens, width), of all positions."""
 
     def loss(self, span: slice, student: torch.Tensor, objective: Objective) -> Loss:
         logits = _widened(self.states[span].to(self.head.dtype) @ self.head.T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from pennyweight.distillation.cache import Cached, last_states, select
 from pennyweight.distillation.losses import Live, Target
+from pennyweight.distillation.trunk import overheard
 from pennyweight.quantization import decoder
 from pennyweight.records import Checkpoint
 
@@ -20,20 +21,34 @@ class LiveTeacher:
 
     model: Any
     windows: torch.Tensor
-    _held: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Held out."""
+    shared: int = 0
+    """Its first blocks that are the student's, too."""
+    _held: dict[int, Live] = field(default_factory=dict)
 
     @property
     def head(self) -> torch.Tensor:
         return self.model.get_output_embeddings().weight
 
     def target(self, ids: torch.Tensor, numbers: list[int], chosen: torch.Tensor | None) -> Target:
-        return Live(select(last_states(self.model, ids), chosen), self.head)
+        said = self._read(ids)
+        return replace(said, states=select(said.states, chosen))
 
     def held_out(self, numbers: list[int], length: int, chosen: torch.Tensor | None) -> Target:
         for number in numbers:
             if number not in self._held:
-                self._held[number] = last_states(self.model, self.windows[number : number + 1])
-        return Live(select(torch.cat([self._held[number] for number in numbers]), chosen), self.head)
+                self._held[number] = self._read(self.windows[number : number + 1])
+        said = [self._held[number] for number in numbers]
+        states = torch.cat([each.states for each in said])
+        trunks = [each.trunk for each in said if each.trunk is not None]
+        return Live(select(states, chosen), self.head, torch.cat(trunks) if trunks else None)
+
+    def _read(self, ids: torch.Tensor) -> Live:
+        if not self.shared:
+            return Live(last_states(self.model, ids), self.head)
+        with overheard(decoder.blocks(self.model)[1][self.shared]) as heard:
+            states = last_states(self.model, ids)
+        return Live(states, self.head, heard[0])
 
 
 @dataclass(frozen=True)

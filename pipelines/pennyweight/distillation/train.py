@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pennyweight.distillation.cache import Cached, select
+from pennyweight.distillation.cache import Cached, last_states, select
 from pennyweight.distillation.losses import IGNORED, Live, Objective, Target, chunked_loss
 from pennyweight.distillation.teachers import CachedTeacher, LiveTeacher, head_of
+from pennyweight.distillation.trunk import beginning_with, freeze
 from pennyweight.healing.loss import relative_distance
 from pennyweight.healing.train import Course, schedule
 from pennyweight.quantization import decoder
@@ -64,6 +65,9 @@ class Work:
     """Which tokens are an answer's, bool (windows, tokens), a .npy file; given where those alone are learnt."""
     seed: int = 0
     """Of what is drawn as it trains."""
+    shared: int = 0
+    """The student's first blocks that are the teacher's, and do not learn; nor do embedding, last norm and head. 0:
+    everything learns."""
 
     def dump(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -108,14 +112,16 @@ class Lessons(Course):
 class Pupil(torch.nn.Module):
     """A student with its loss, so that whoever shares the gradients sees one module."""
 
-    def __init__(self, student: Any, objective: Objective, hidden: float, product: torch.dtype):
+    def __init__(self, student: Any, objective: Objective, hidden: float, product: torch.dtype, shared: int = 0):
+        """`shared` are its first blocks that are the teacher's, too."""
         super().__init__()
         self.student, self._objective, self._hidden, self._product = student, objective, hidden, product
+        self._trunk = list(decoder.blocks(student)[1][:shared])
 
     def forward(self, ids: torch.Tensor, target: Target | None, chosen: torch.Tensor | None) -> torch.Tensor:
         """The summed loss of token ids (windows, tokens), in nats: of the `chosen` positions, bool (windows × tokens),
         which `target` is of too."""
-        states = select(self.states(ids), chosen)
+        states = select(self.states(ids, target), chosen)
         head = self.student.get_output_embeddings().weight
         labels = select(torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED).flatten(), chosen)
         loss = chunked_loss(states, head, target, self._objective, labels, self._product)
@@ -124,8 +130,10 @@ class Pupil(torch.nn.Module):
             loss = loss + self._hidden * relative_distance(states, target.states)
         return loss
 
-    def states(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.student.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    def states(self, ids: torch.Tensor, target: Target | None) -> torch.Tensor:
+        """What the head is applied to, (windows × tokens, width)."""
+        with beginning_with(target.trunk if isinstance(target, Live) else None, self._trunk):
+            return last_states(self.student, ids)
 
 
 def train(
@@ -174,8 +182,10 @@ class Training(ABC):
         self._chosen = self._positions()
         student = AutoModelForCausalLM.from_pretrained(work.student, dtype=torch.float32).eval()
         s = self._settings
-        pupil = Pupil(student, Objective(s.loss, s.beta, s.temperature, s.ce), s.hidden, product)
-        trained = list(student.parameters())
+        if work.shared:
+            freeze(student, work.shared)
+        pupil = Pupil(student, Objective(s.loss, s.beta, s.temperature, s.ce), s.hidden, product, work.shared)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=s.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self._pupil, self._optimizer = pupil.to(accelerator.device), optimizer
         self._student, self._trained = student, trained
@@ -204,7 +214,8 @@ class Training(ABC):
 
     def _teaching(self) -> LiveTeacher | CachedTeacher:
         if self._work.cache is None or self._settings.teacher == "live":
-            return LiveTeacher(decoder.load(self._work.teacher, str(self._accelerator.device)), self._held_out)
+            model = decoder.load(self._work.teacher, str(self._accelerator.device))
+            return LiveTeacher(model, self._held_out, self._work.shared)
         cached = Cached(Path(self._work.cache), self._settings.teacher, self._accelerator.device)
         dtype = decoder.compute_dtype(self._work.teacher.dtype, self._work.device)
         return CachedTeacher(cached, head_of(self._work.teacher).to(self._accelerator.device, dtype))
@@ -241,7 +252,8 @@ class Training(ABC):
             course.ended_by = "patience"
         due = looks and not course.ended_by and course.seconds - self._saved >= SAVE_SECONDS
         if due:
-            _refuse_full_disk(self._workspace, 12 * sum(parameter.numel() for parameter in self._trained))
+            every, learning = (sum(map(torch.Tensor.numel, of)) for of in (self._student.parameters(), self._trained))
+            _refuse_full_disk(self._workspace, 4 * every + 8 * learning)
             self._saved = course.seconds
         return due
 
@@ -273,9 +285,9 @@ class Training(ABC):
         for at in range(0, len(numbers), self._settings.batch):
             mine = list(numbers[at : at + self._settings.batch])
             chosen = self._chosen_of(mine)
-            with accelerator.autocast():
-                states = select(pupil.states(self._held_out[mine]), chosen)
             expected = self._teacher.held_out(mine, length, chosen)
+            with accelerator.autocast():
+                states = select(pupil.states(self._held_out[mine], expected), chosen)
             total += chunked_loss(states, head, expected, Objective(), dtype=self._product).float()
         return accelerator.reduce(total, "sum").item() / self._count(list(range(len(self._held_out))))
 

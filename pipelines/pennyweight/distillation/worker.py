@@ -22,6 +22,7 @@ from typing import Any
 
 from pennyweight.distillation.train import COURSE, Lessons, Measure, Report, Work, train
 from pennyweight.errors import StageError
+from pennyweight.memory import reused_memory
 
 #: Before a line of progress, so that it is told from what libraries print.
 MARK = "pennyweight-progress "
@@ -114,7 +115,8 @@ def main() -> None:
         if first:
             print(MARK + json.dumps(said), flush=True)
 
-    course = train(work, partial(say, "report"), partial(say, "measure"))
+    with reused_memory():
+        course = train(work, partial(say, "report"), partial(say, "measure"))
     if first:
         (Path(work.workspace) / COURSE).write_text(json.dumps(asdict(course)))
 

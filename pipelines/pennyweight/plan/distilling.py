@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from pennyweight import machine
+from pennyweight.distillation.config import copied_layers
 from pennyweight.plan.constants import ACTIVATION_COPIES, BASELINE_BYTES, DISTILLING_EFFICIENCY
 from pennyweight.plan.job import Job, per_gb, rate, score_seconds, wave_seconds
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.show import format_bytes
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes
-from pennyweight.recipe import Distill
+from pennyweight.recipe import Distill, Prune, Step
 
 #: Bytes for each weight that learns: itself and its gradient in float32, and AdamW's two moments.
 LEARNING_BYTES = 16
@@ -28,9 +30,11 @@ TRL_POSITIONS = 4096
 CASTING = {"float32": 1, "bfloat16": 4, "float16": 4}
 
 
-def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill) -> StageEstimate:
-    """`student` is the shape of what the step makes. The teacher is the base."""
-    assert job.shape
+def estimate_distill(job: Job, student: ModelShape, variant: str, index: int) -> StageEstimate:
+    """`student` is the shape of what the variant's step of that number makes. The teacher is the base."""
+    *before, step = job.recipe.variants[variant][: index + 1]
+    assert job.shape and isinstance(step, Distill)
+    trunk = _shared_blocks(before, step, job.shape.layers) * _block(job.shape)
     weights, cache = dense_bytes(student), cache_bytes(job.shape, step)
     shared = _asked_before(job, variant, step)
     dtype = job.compute_dtype(job.shape, "transformers", False)
@@ -42,17 +46,19 @@ def estimate_distill(job: Job, student: ModelShape, variant: str, step: Distill)
         logits = TRL_POSITION_BYTES[job.device] * positions
         # What it has written so far, of all that a step learns from.
         activations = max(activations, step.step_tokens * student.kv_bytes(4))
-    learning = (LEARNING_BYTES + (2 if dtype != "float32" else 0)) * student.parameters
-    working = STATE_BYTES * student.parameters + 2 * weights
+    learnt = student.parameters - (trunk + math.prod(student.head) if trunk else 0)
+    kept = 4 + (2 if dtype != "float32" else 0)
+    learning = kept * student.parameters + (LEARNING_BYTES - 4) * learnt
+    working = 4 * student.parameters + (STATE_BYTES - 4) * learnt + 2 * weights
     notes = [step.describe(), f"distill: {format_bytes(working)} of its disk are free again when it has ended"]
     if cache:
         assert step.teacher != "live"
         size = step.teacher.bytes_per_token(job.shape.head[0])
         notes.append(f"distill: what the teacher says takes {size} bytes a token, {format_bytes(cache)} in all")
     if step.on_policy:
-        notes.append(_writes(job, student, step))
+        notes.append(_writes(job, student, step, trunk))
     return StageEstimate(
-        stage="distill", subject=variant, seconds=_seconds(job, student, step, shared), weight_bytes=weights,
+        stage="distill", subject=variant, seconds=_seconds(job, student, step, shared, trunk), weight_bytes=weights,
         disk_bytes=weights + working + (0 if shared else cache), notes=notes,
         peak_memory_bytes=BASELINE_BYTES["distill"] + teacher + learning + activations + logits,
     )  # fmt: skip
@@ -67,9 +73,14 @@ def cache_bytes(teacher: ModelShape, step: Distill) -> int:
 
 
 def distill_problems(
-    teacher: ModelShape, student: ModelShape | None, step: Distill, device: str
+    teacher: ModelShape, student: ModelShape | None, steps: list[Step], device: str
 ) -> Iterator[tuple[str, str, str, str]]:
-    """(key, what is wrong, hint, kind of problem)."""
+    """(key, what is wrong, hint, kind of problem) of the last of the steps, with which `student` begins."""
+    *before, step = steps
+    assert isinstance(step, Distill)
+    if step.train == "after_cut" and not _shared_blocks(before, step, teacher.layers):
+        message = "the first block goes, or is fitted, so none before the cut is the base's"
+        yield "train", message, "leave it out", "recipe"
     if step.hidden and student and student.hidden != teacher.hidden:
         message = f"the student's hidden states are {student.hidden} wide, the teacher's {teacher.hidden}"
         yield "hidden", message, "remove `hidden`", "recipe"
@@ -81,14 +92,37 @@ def distill_problems(
         yield "processes", message, "take fewer", "machine"
 
 
-def _step_seconds(job: Job, student: ModelShape, step: Distill) -> tuple[float, float]:
+def _block(shape: ModelShape) -> int:
+    """Weights that a token is multiplied with in one block."""
+    return (shape.product_weights - math.prod(shape.head)) // shape.layers
+
+
+def _shared_blocks(before: list[Step], step: Distill, layers: int) -> int:
+    """First blocks of the base that will not learn. Those that a search will take out are taken to begin half-way."""
+    if step.train == "all":
+        return 0
+    shared = layers
+    for other in before:
+        if isinstance(other, Prune):
+            first = min(other.drop) if other.drop else layers // 2
+            shared = min(shared, first - (1 if other.refit and other.text else 0))
+    if step.student:
+        copied = copied_layers(layers, step.student.layers)
+        shared = sum(place == layer for place, layer in enumerate(copied))
+    return max(shared, 0)
+
+
+def _step_seconds(job: Job, student: ModelShape, step: Distill, trunk: int) -> tuple[float, float]:
     """(to learn, to write what is learnt on) of a step. A forward pass is 2 operations for each weight and token, a
-    backward pass 4."""
+    backward pass 4: 2 where a weight does not learn and what comes before it does. `trunk` are the weights before those
+    that learn; a teacher who reads the same batch computes with them once for both."""
     assert job.shape
     dtype = job.compute_dtype(job.shape, "transformers", False)
     asks = step.teacher == "live" and step.ce < 1
-    work = (6 * student.product_weights + (2 * job.shape.product_weights if asks else 0)) * step.step_tokens
-    learning = work / (rate(job, dtype) * DISTILLING_EFFICIENCY[dtype])
+    operations = 6 * student.product_weights + (2 * job.shape.product_weights if asks else 0)
+    if trunk:
+        operations -= (6 if asks and not step.on_policy else 4) * trunk + 2 * math.prod(student.head)
+    learning = operations * step.step_tokens / (rate(job, dtype) * DISTILLING_EFFICIENCY[dtype])
     if step.on_policy is None:
         return learning, 0.0
     prompt, together = step.on_policy.prompt, step.batch * step.accumulate
@@ -97,23 +131,23 @@ def _step_seconds(job: Job, student: ModelShape, step: Distill) -> tuple[float, 
     return learning, writing * CASTING[dtype]
 
 
-def _writes(job: Job, student: ModelShape, step: Distill) -> str:
+def _writes(job: Job, student: ModelShape, step: Distill, trunk: int) -> str:
     assert step.on_policy
     count, most = step.batch * step.accumulate, step.length - step.on_policy.prompt
     said = f"distill: in every step the student writes {count} texts of up to {most} tokens"
     if job.measured is None:
         return said
-    learning, writing = _step_seconds(job, student, step)
+    learning, writing = _step_seconds(job, student, step, trunk)
     return f"{said}, about {writing:.2g} s of {learning + writing:.2g} s where none ends before"
 
 
-def _seconds(job: Job, student: ModelShape, step: Distill, shared: bool) -> float | None:
+def _seconds(job: Job, student: ModelShape, step: Distill, shared: bool, trunk: int) -> float | None:
     assert job.shape
     if job.measured is None:
         return None
     dtype = job.compute_dtype(job.shape, "transformers", False)
     speed = rate(job, dtype) * DISTILLING_EFFICIENCY[dtype]
-    a_step = sum(_step_seconds(job, student, step))
+    a_step = sum(_step_seconds(job, student, step, trunk))
     a_look = (2 * student.product_weights + 2 * job.shape.head[0] * job.shape.hidden) * step.held_out * step.length
     a_look /= speed
     allowed = [] if step.minutes is None else [60 * step.minutes]

@@ -69,7 +69,7 @@ def check_steps(recipe: Recipe, shapes: Shapes, device: str, found: Problems) ->
             if isinstance(step, Distill):
                 teacher = shapes.of("base")
                 for key, message, hint, kind in (
-                    distill_problems(teacher, shapes.of(variant, index), step, device) if teacher else ()
+                    distill_problems(teacher, shapes.of(variant, index), steps[: index + 1], device) if teacher else ()
                 ):
                     found.add(f"{path}.{key}", message, hint, kind)
                 continue

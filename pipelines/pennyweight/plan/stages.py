@@ -141,7 +141,7 @@ def _step(job: Job, variant: str, index: int, step: Step) -> StageEstimate:
     if isinstance(step, Quantize):
         return estimate_quantize(job, shape, variant, step)
     if isinstance(step, Distill):
-        return estimate_distill(job, made, variant, step)
+        return estimate_distill(job, made, variant, index)
     assert isinstance(step, Recover)
     return _recover(job, shape, variant, step)
 

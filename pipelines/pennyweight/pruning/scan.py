@@ -13,7 +13,7 @@ from pydantic import Field
 from pennyweight import checkpoints
 from pennyweight.columns import columns, spans
 from pennyweight.errors import UsageError
-from pennyweight.memory import out_of_memory_of
+from pennyweight.memory import out_of_memory_of, reused_memory
 from pennyweight.pruning.config import layer_count, text_model
 from pennyweight.quantization import decoder
 from pennyweight.records import Checkpoint, Record
@@ -76,7 +76,7 @@ def scan(
 
     begin = time.monotonic()
     check(checkpoint, most, windows.shape[1])
-    with out_of_memory_of("prune-scan", "lower --windows or --length"):
+    with out_of_memory_of("prune-scan", "lower --windows or --length"), reused_memory():
         model = decoder.load(checkpoint, device)
         ids = torch.from_numpy(windows).to(device)
         trials = Trials(model, ids, batch_of(ids))

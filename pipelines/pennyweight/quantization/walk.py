@@ -81,17 +81,23 @@ def at_the_first_block(
 
         return forward
 
+    with acting(blocks, hand_on), torch.no_grad():
+        for ids in batches:
+            model.base_model(ids, use_cache=False)
+    return states, keywords
+
+
+@contextmanager
+def acting(blocks: Any, forward_of: Callable[[int], Callable[..., torch.Tensor]]) -> Iterator[None]:
+    """Within the block, each of a model's blocks does what `forward_of(its number)` does."""
     kept = [block.forward for block in blocks]
     try:
         for index, block in enumerate(blocks):
-            block.forward = hand_on(index)
-        with torch.no_grad():
-            for ids in batches:
-                model.base_model(ids, use_cache=False)
+            block.forward = forward_of(index)
+        yield
     finally:
         for block, forward in zip(blocks, kept):
             block.forward = forward
-    return states, keywords
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 def check_order(steps: list[Any]) -> list[Any]:
     """The steps as they are. Raises ValueError for the first one that cannot stand where it does, with the reason."""
     for index, step in enumerate(steps):
-        if reason := _misplaced(step, [before.kind for before in steps[:index]]):
+        if reason := _misplaced(step, [before.kind for before in steps[:index]]) or _without_trunk(step, steps[:index]):
             raise ValueError(f"step {index + 1} of {len(steps)}, {step.kind}, {reason}")
     return steps
 
@@ -32,3 +32,15 @@ def _misplaced(step: Any, before: list[str]) -> str | None:
     if step.kind == "quantize":
         return "would round weights that are quantized already: keep one of the two"
     return "changes floating-point weights, and these are quantized already: put it before quantize"
+
+
+def _without_trunk(step: Any, before: list[Any]) -> str | None:
+    """Why a step that trains what comes after a cut cannot follow the steps `before`."""
+    if step.kind != "distill" or step.train == "all":
+        return None
+    for other in before:
+        narrows = other.kind == "prune" and (other.ffn or other.kv_groups)
+        if narrows or (other.kind == "distill" and other.train == "all"):
+            does = "makes all of them narrower" if narrows else "trains all of them"
+            return f"keeps blocks that are the base's own, and the {other.kind} before it {does}: leave `train` out"
+    return None

@@ -43,7 +43,7 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
     from pennyweight.distillation.state import clean
 
     begin = time.monotonic()
-    context = _held_out_first(step, context)
+    context = _last_first(context)
     _check_vocabularies(checkpoint, context.teacher)
     with (
         out_of_memory_of("distill", "lower `batch` or `length`, and raise `accumulate`"),
@@ -61,6 +61,7 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
             tokens=course.tokens,
             ended_by=course.ended_by,
             kept_step=course.kept,
+            shared_blocks=work.shared,
             kl_before=course.curve[0][1],
             kl_after=course.best,
             curve=course.curve,
@@ -76,16 +77,16 @@ def run(checkpoint: Checkpoint, step: Distill, context: StepContext, files: Path
         )
 
 
-def _held_out_first(step: Distill, context: StepContext) -> StepContext:
-    """The context with the windows drawn last before the others: they are held out. Steps before this one that drew
-    fewer of the same text were fitted to the first, which would flatter the student as it begins."""
+def _last_first(context: StepContext) -> StepContext:
+    """The context with the windows in the other order. Steps before this one that drew fewer of the same text were
+    fitted to the first: those would flatter the student where they are held out, and teach it little elsewhere."""
     import numpy as np
 
-    rolled = {
-        name: None if windows is None else np.roll(windows, step.held_out, axis=0)
+    turned = {
+        name: None if windows is None else np.ascontiguousarray(windows[::-1])
         for name, windows in (("calibration", context.calibration), ("answers", context.answers))
     }
-    return replace(context, **rolled)
+    return replace(context, **turned)
 
 
 def _train(
@@ -113,6 +114,7 @@ def _train(
         if context.answers is None:
             raise StageError("distill: `answers` needs data with answers", "remove `answers`")
         np.save(workspace / "answers.npy", context.answers)
+    shared = 0 if step.train == "all" else _shared(Path(context.teacher.path), start)
     work = Work(
         teacher=context.teacher,
         student=str(start),
@@ -124,10 +126,21 @@ def _train(
         cache=str(cached.files) if cached else None,
         answers=str(workspace / "answers.npy") if learns_answers else None,
         seed=context.seed,
+        shared=shared,
     )
     together = None if step.on_policy else crew.leading()
     trains = together.train if together else train if step.processes == 1 else train_in_processes
     return work, trains(work, context.report, context.measure)
+
+
+def _shared(teacher: Path, student: Path) -> int:
+    """First blocks that a student shares with the teacher. Raises StageError where there are none."""
+    from pennyweight.distillation.trunk import shared_blocks
+
+    if found := shared_blocks(teacher, student):
+        return found
+    message = "distill: the student's first block is none of the base's, so there is nothing before the cut"
+    raise StageError(message, "remove `train: after_cut`")
 
 
 def _generated(step: Distill, context: StepContext) -> StepContext:
