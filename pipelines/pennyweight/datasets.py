@@ -151,13 +151,17 @@ def packed(
 class TooFewWindowsError(StageError):
     """A text is shorter than what is asked of it."""
 
-    def __init__(self, possible: int, length: int, tokens: int, asked: int):
-        message = (
-            f"the text gives {possible} windows of {length} tokens ({tokens} tokens in all), {asked} are asked for"
-        )
-        hint = f"ask for {possible} at most, for shorter windows, or name a larger text"
-        super().__init__(message, hint if possible else "name a larger text")
-        self.possible = possible
+    def __init__(self, possible: int, length: int, tokens: int, asked: int, text: str = "the text", of: int = 1):
+        """`text` gives `possible` windows of `length` from its `tokens`; it is one of so many that give one in turn."""
+        gives = f"{text} gives {possible} windows of {length} tokens ({tokens} tokens in all)"
+        self.possible = possible * of
+        hint = f"ask for {self.possible} at most, for shorter windows, or name a larger text"
+        super().__init__(f"{gives}, {asked} are asked for", hint if possible else "name a larger text")
+        self.length, self.tokens, self.asked = length, tokens, asked
+
+    def in_turn(self, text: str, of: int) -> TooFewWindowsError:
+        """The error where that text is one of so many that give a window each in turn."""
+        return TooFewWindowsError(self.possible, self.length, self.tokens, self.asked, text, of)
 
 
 def available(tokenizer: Any, documents: list[str], length: int) -> int:

@@ -139,6 +139,13 @@ def test_resolved_recipe_embeds_what_it_names() -> None:
             "variants.a.0",
             "calibration text",
         ),
+        ({"variants": {"a": [{"prune": {"layers": 1, "text": 5}}]}}, "variants.a.0.prune.text", "or a list of such"),
+        ({"variants": {"a": [{"prune": {"layers": 1, "text": ["x", "x"]}}]}}, "variants.a.0.prune.text", "x twice"),
+        (
+            {"variants": {"a": [{"prune": {"layers": 1, "text": ["boolq-passages", "boolq"]}}]}},
+            "variants.a.0.prune.text",
+            "unknown data set 'boolq'",
+        ),
         ({"variants": {"base": [{"quantize": {"scheme": "w4a16"}}]}}, "", "own name"),
         ({"runtimes": ["onnxruntim"]}, "runtimes.base.0", "did you mean 'onnxruntime'?"),
         ({"evaluate": "smoke-test"}, "evaluate", "unknown suite 'smoke-test'"),

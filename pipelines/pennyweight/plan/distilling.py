@@ -12,7 +12,7 @@ from pennyweight.plan.job import Job, per_gb, rate, score_seconds, wave_seconds
 from pennyweight.plan.records import StageEstimate
 from pennyweight.plan.show import format_bytes
 from pennyweight.plan.sizes import ITEMSIZE, ModelShape, dense_bytes
-from pennyweight.recipe import Distill, Prune, Step
+from pennyweight.recipe import Distill, Prune, Step, names_of
 
 #: Bytes for each weight that learns: itself and its gradient in float32, and AdamW's two moments.
 LEARNING_BYTES = 16
@@ -175,7 +175,7 @@ def _asked_before(job: Job, variant: str, step: Distill) -> bool:
     """Whether an earlier variant keeps the same words of the teacher."""
 
     def asked(other: Distill) -> tuple[object, ...]:
-        shape = (other.calibrate.source, other.calibrate.samples, other.length, other.held_out)
+        shape = (*names_of(other.calibrate.source), other.calibrate.samples, other.length, other.held_out)
         return (*shape, other.temperature, other.teacher, other.generate)
 
     for name, steps in job.recipe.variants.items():

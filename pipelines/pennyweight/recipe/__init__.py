@@ -4,7 +4,7 @@ The command line's help, the docs and `recipes/schema.json` come from these sett
 recipe, the shipped suites, tasks, data pins and prices, and the prices in `PENNYWEIGHT_PRICES`, and nothing else.
 """
 
-from pennyweight.recipe.calibration import Calibration
+from pennyweight.recipe.calibration import Calibration, names_of
 from pennyweight.recipe.learning import Distill, DrawnStudent, Generate, OnPolicy, Recover, TeacherCache
 from pennyweight.recipe.load import SOURCE_SCHEMES, is_suite, load_recipe, load_suite, task_fault
 from pennyweight.recipe.prices import ApiPrice, Ceilings, Owned, Prices, PriceSpec, load_prices
@@ -48,6 +48,7 @@ __all__ = [
     "load_prices",
     "load_recipe",
     "load_suite",
+    "names_of",
     "scheme_bits",
     "task_fault",
 ]

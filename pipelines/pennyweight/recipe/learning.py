@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pennyweight.recipe.calibration import Calibration
+from pennyweight.recipe.calibration import Calibration, TextNames
 from pennyweight.schema import Section
 
 
@@ -16,8 +16,9 @@ class _Training(Section):
     text_key: ClassVar[str] = "text"
     default_steps: ClassVar[int]
 
-    text: str
-    """Name of a text data set to learn on. Must share no text with the evaluation."""
+    text: TextNames
+    """Name of a text data set to learn on, or a list of several, which give a window each in turn. Must share no text
+    with the evaluation."""
     steps: int | None = Field(None, ge=1)
     """Budget: steps of the optimizer. Where no budget is given, 60 of `recover`, 100 of `distill`."""
     tokens: int | None = Field(None, ge=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pennyweight import shipped
 from pennyweight.errors import Problem, RecipeError, did_you_mean
+from pennyweight.recipe.calibration import names_of
 from pennyweight.recipe.learning import Distill
 from pennyweight.recipe.schema import Base, DataSource, Recipe
 from pennyweight.recipe.wording import validate
@@ -138,8 +139,8 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
     wanted: dict[str, tuple[str, str]] = {}  # data set → (key path that names it, kind)
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
-            if step.calibrate:
-                wanted[step.calibrate.source] = (f"variants.{variant}.{index}.{step.kind}.{step.text_key}", "words")
+            for name in names_of(step.calibrate.source if step.calibrate else None):
+                wanted[name] = (f"variants.{variant}.{index}.{step.kind}.{step.text_key}", "words")
     suite = recipe.evaluate
     if suite.name != "unknown":
         wanted |= {item.text: ("evaluate", "text") for item in suite.texts().values()}
@@ -156,11 +157,12 @@ def _embed_data(recipe: Recipe, file: YamlFile, problems: list[Problem]) -> Reci
             problems.append(file.problem(path, f"data set {name!r} has no {'text' if kind == 'words' else kind}"))
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
-            source = catalog.get(step.text) if isinstance(step, Distill) and step.answers else None
-            if source and source.words and not source.has_answers:
-                path = f"variants.{variant}.{index}.distill.answers"
-                hint = "name one with `messages`, or with `prompt` and `answer`, or remove `answers`"
-                problems.append(file.problem(path, f"data set {step.text!r} is plain text, without answers", hint))
+            for name in names_of(step.text) if isinstance(step, Distill) and step.answers else []:
+                source = catalog.get(name)
+                if source and source.words and not source.has_answers:
+                    path = f"variants.{variant}.{index}.distill.answers"
+                    hint = "name one with `messages`, or with `prompt` and `answer`, or remove `answers`"
+                    problems.append(file.problem(path, f"data set {name!r} is plain text, without answers", hint))
     data = {name: catalog[name] for name in sorted({*wanted, *recipe.data}) if name in catalog}
     return recipe.model_copy(update={"data": data})
 

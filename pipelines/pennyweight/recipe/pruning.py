@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pennyweight.columns import spans
-from pennyweight.recipe.calibration import Calibration
+from pennyweight.recipe.calibration import Calibration, TextNames
 from pennyweight.schema import Section
 
 #: Windows held out, at most.
@@ -36,8 +36,9 @@ class Prune(Section):
     """Zeros in weights that keep their shape. Always refused: no runtime here computes less for them."""
     refit: bool = True
     """Fit what stays to the whole model's hidden states, by least squares."""
-    text: str | None = None
-    """Name of a text data set to choose by and to fit to. Must share no text with the evaluation."""
+    text: TextNames | None = None
+    """Name of a text data set to choose by and to fit to, or a list of several, which give a window each in turn. Must
+    share no text with the evaluation."""
     samples: int = Field(512, ge=8)
     """Windows of text, the last eighth of them, 32 at most, held out for the divergence that is reported. Few choose as
     well as many; what is fitted to many predicts other text better."""

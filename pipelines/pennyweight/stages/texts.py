@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pennyweight import datasets, overlap, runtimes, shipped
 from pennyweight.errors import StageError
-from pennyweight.recipe import Distill, Recipe, Recover
+from pennyweight.recipe import Distill, Recipe, Recover, names_of
 from pennyweight.records import Checkpoint
 from pennyweight.stages.run import Run
 from pennyweight.store import Entry, file_digest
@@ -66,7 +66,7 @@ def fetch_data(run: Run) -> dict[str, Path]:
 def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
     """Cut the texts that are calibrated on, evaluated on and used as prompts into windows of the base's tokens."""
     recipe = run.recipe
-    wanted: dict[str, tuple[str, int, int, int]] = {}  # purpose → (data set, windows, length, seed)
+    wanted: dict[str, tuple[str | list[str], int, int, int]] = {}  # purpose → (data sets, windows, length, seed)
     for variant, steps in recipe.variants.items():
         for index, step in enumerate(steps):
             if step.calibrate:
@@ -88,9 +88,9 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
     folders, digests, failures = {}, {}, {}
     with run.stage("data", "token windows") as stage:
         stage.reused = True
-        for purpose, (source, count, length, seed) in wanted.items():
+        for purpose, (sources, count, length, seed) in wanted.items():
             try:
-                entry = cut_windows(run, base, data[source], count, length, seed)
+                entry = _windows_of(run, base, {name: data[name] for name in names_of(sources)}, count, length, seed)
             except StageError as error:
                 if not purpose.startswith("calibration/"):
                     raise
@@ -100,6 +100,33 @@ def make_windows(run: Run, base: Checkpoint, data: dict[str, Path]) -> Texts:
             folders[purpose] = entry.files
             digests[purpose] = entry.record["digest"]
     return Texts(folders, digests, failures)
+
+
+def _windows_of(run: Run, base: Checkpoint, texts: dict[str, Path], count: int, length: int, seed: int) -> Entry:
+    """Windows of the texts, one of each in turn; of several the seed draws the same ones as of each alone."""
+    each = -(-count // len(texts))
+    parts = []
+    for name, text in texts.items():
+        try:
+            parts.append(cut_windows(run, base, text, each, length, seed))
+        except datasets.TooFewWindowsError as error:
+            raise (error.in_turn(name, len(texts)) if len(texts) > 1 else error) from None
+    if len(parts) == 1:
+        return parts[0]
+
+    def build(files: Path) -> dict[str, Any]:
+        import numpy as np
+
+        answers = all((part.files / ANSWERS).exists() for part in parts)
+        for name in ("windows.npy", "documents.npy", *([ANSWERS] if answers else [])):
+            in_turn = np.stack([np.load(part.files / name) for part in parts], axis=1)
+            if name == "documents.npy":  # numbers of their own
+                in_turn = in_turn * len(parts) + np.arange(len(parts), dtype=in_turn.dtype)[:, None]
+            np.save(files / name, in_turn.reshape(-1, length)[:count])
+        return {"digest": file_digest(files / "windows.npy")}
+
+    digests = [part.record["digest"] for part in parts]
+    return run.store.get_or_build("windows", {"in turn": digests, "count": count}, build)
 
 
 def cut_windows(run: Run, base: Checkpoint, text: Path, count: int, length: int, seed: int) -> Entry:
