@@ -87,6 +87,7 @@ def prune(model: Path, dropped: list[int], folder: Path) -> Any:
 
 def distill(base: Any, pruned: Any, settings: dict[str, Any], text: Path, folder: Path) -> dict[str, Any]:
     from pennyweight import datasets, machine
+    from pennyweight.memory import reused_memory
     from pennyweight.recipe import Distill
     from pennyweight.stages.texts import load_tokenizer
     from pennyweight.steps import StepContext
@@ -115,7 +116,8 @@ def distill(base: Any, pruned: Any, settings: dict[str, Any], text: Path, folder
         key="0" * 64,
     )
     begin = time.perf_counter()
-    made = step_module.run(pruned, step, context, folder / "files")
+    with reused_memory():  # as in a run
+        made = step_module.run(pruned, step, context, folder / "files")
     whole = time.perf_counter() - begin
     second = median(b - a for a, b in itertools.pairwise(moments))
     kept = f", {made.cache_bytes_per_token} bytes a token" if made.cache_bytes_per_token else ""
