@@ -681,13 +681,28 @@ def on_policy() -> Any:
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A student that has a tokenizer, so that it knows how a text ends."""
+    folder = tmp_path_factory.mktemp("writer")
+    add_tokenizer(folder)
+    return checkpoint(folder, layers=2, seed=1, eos_token_id=2)
+
+
+def add_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("writer")
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(folder)
-    return checkpoint(folder, layers=2, seed=1, eos_token_id=2)
+
+
+def test_what_comes_before_a_cut_stays_while_a_student_writes(
+    whole: Checkpoint, shorter: Checkpoint, tmp_path: Path, on_policy: Any
+) -> None:
+    add_tokenizer(Path(shorter.path))
+    course = train(replace(work(whole, shorter, writing(train="after_cut"), tmp_path / "work"), shared=2))
+    before = checkpoints.read_tensors(Path(shorter.path))
+    after = checkpoints.read_tensors(tmp_path / "work" / f"best-{course.kept:08d}")
+    changed = {name.split(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert course.kept and changed == {"2", "3"}
 
 
 def heard(on_policy: Any, patch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
