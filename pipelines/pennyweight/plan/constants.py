@@ -30,7 +30,7 @@ SEARCH_SECONDS_PER_WEIGHT = 6e-8
 #: Fraction of the measured rate of products at which training's run, by the dtype that it computes in.
 TRAINING_EFFICIENCY = {"float32": 0.55, "bfloat16": 0.25, "float16": 0.25}
 #: The same where all weights learn, and none is made from integers.
-DISTILLING_EFFICIENCY = {"float32": 0.55, "bfloat16": 0.6, "float16": 0.6}
+DISTILLING_EFFICIENCY = {"float32": 0.55, "bfloat16": 0.55, "float16": 0.55}
 #: Seconds to compare one logit with the base's: two softmaxes and the divergence.
 COMPARE_SECONDS_PER_LOGIT = 2.5e-9
 #: Seconds to cut a text into windows of tokens.
