@@ -144,6 +144,12 @@ def test_a_student_that_did_not_learn_is_called_so() -> None:
     assert "How the students learnt" not in page
 
 
+def test_layers_that_did_not_learn_are_counted() -> None:
+    words = ", the first 15 layers as they were"
+    assert f"best at step 20{words}" in render(distilled(DISTILLATION.model_copy(update={"shared_blocks": 15})))
+    assert words not in render(distilled(DISTILLATION))
+
+
 def test_all_that_was_learnt_is_shown() -> None:
     later = {"kl_before": 0.3, "kl_after": 0.25, "curve": [(0, 0.3), (20, 0.25)], "seconds": 21.0}
     page = render(distilled(DISTILLATION.model_copy(update={**later, "kept_step": 20, "earlier": DISTILLATION})))

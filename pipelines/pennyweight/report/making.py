@@ -86,8 +86,9 @@ def _distillation(made: Distillation) -> list[Html]:
     kept = (
         f"best at step {made.kept_step}" if made.kept_step else "never below where it began: its weights are as before"
     )
+    stayed = f", the first {made.shared_blocks} layers as they were" if made.shared_blocks else ""
     return [
-        el("div", f"distilled: {text.number(made.kl_before)} → {text.number(made.kl_after)}, {kept}"),
+        el("div", f"distilled: {text.number(made.kl_before)} → {text.number(made.kl_after)}, {kept}{stayed}"),
         el("div", f"{made.steps} steps, {made.tokens:,} tokens, ended by {made.ended_by}"),
         el("div", f"{made.tokens_per_second:.0f} tokens/s{cached}"),
     ]
