@@ -22,7 +22,7 @@ from pennyweight.distillation.train import Lessons, Work, batch_of, train
 from pennyweight.distillation.trunk import shared_blocks
 from pennyweight.errors import StageError
 from pennyweight.quantization import decoder
-from pennyweight.recipe import Distill, Generate, Prune, Quantize, TeacherCache
+from pennyweight.recipe import Distill, From, Generate, Prune, Quantize, TeacherCache
 from pennyweight.recipe.order import check_order
 from pennyweight.records import Checkpoint
 from pennyweight.steps import StepContext, distill
@@ -218,6 +218,19 @@ def test_a_shared_pass_gives_what_two_give(
         curves.append(train(begun).curve)
     assert curves[0] == curves[1]
     assert all(states.shape == (4, 16, 32) and len(blocks) == 2 for states, blocks in given)
+
+
+def test_killed_training_after_a_cut_goes_on_as_if_nothing_had_been(
+    whole: Checkpoint, shorter: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    step = settings(steps=9, check_every=2, train="after_cut")
+    works = [replace(work(whole, shorter, step, tmp_path / name), shared=2) for name in ("whole", "broken")]
+    killed_in_the_fifth_step(works[1])
+    courses = [train(each) for each in works]
+    assert courses[0].curve == courses[1].curve and courses[0].kept
+    best = [Path(each.workspace) / f"best-{courses[0].kept:08d}" / "model.safetensors" for each in works]
+    assert best[0].read_bytes() == best[1].read_bytes()
 
 
 def test_a_student_without_the_bases_first_block_has_no_cut(whole: Checkpoint, tmp_path: Path) -> None:
@@ -650,6 +663,8 @@ def test_a_drawn_student_comes_first() -> None:
 def test_after_a_cut_first_blocks_must_be_the_bases() -> None:
     cut, after = Prune(drop=[2]), settings(train="after_cut")
     assert check_order([cut, after, after])
+    with pytest.raises(ValueError, match="and `from` starts from another model: leave `train` out"):
+        check_order([From(base="small"), cut, after])
     with pytest.raises(ValueError, match="and the prune before it makes all of them narrower"):
         check_order([Prune(ffn=0.5, text="any"), after])
     with pytest.raises(ValueError, match="and the distill before it trains all of them: leave `train` out"):

@@ -101,7 +101,7 @@ def _shared_blocks(before: list[Step], step: Distill, layers: int) -> int:
     """First blocks of the base that will not learn. Those that a search will take out are taken to begin half-way."""
     if step.train == "all":
         return 0
-    shared = layers
+    shared = layers - 1
     for other in before:
         if isinstance(other, Prune):
             first = min(other.drop) if other.drop else layers // 2

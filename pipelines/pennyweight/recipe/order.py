@@ -39,6 +39,8 @@ def _without_trunk(step: Any, before: list[Any]) -> str | None:
     if step.kind != "distill" or step.train == "all":
         return None
     for other in before:
+        if other.kind == "from":
+            return "keeps blocks that are the base's own, and `from` starts from another model: leave `train` out"
         narrows = other.kind == "prune" and (other.ffn or other.kv_groups)
         if narrows or (other.kind == "distill" and other.train == "all"):
             does = "makes all of them narrower" if narrows else "trains all of them"

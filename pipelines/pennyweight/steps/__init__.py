@@ -73,7 +73,7 @@ STEPS: dict[str, StepKind] = {
         needs_rounded=True,
     ),
     "distill": StepKind(
-        version=2,
+        version=3,
         libraries=distill.LIBRARIES,
         run=distill.run,
         record="distillation",
