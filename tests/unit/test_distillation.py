@@ -196,15 +196,17 @@ def test_blocks_are_shared_up_to_the_first_that_differs(whole: Checkpoint, stude
     assert shared_blocks(Path(whole.path), Path(student.path)) == 0
 
 
-def test_after_a_cut_only_the_blocks_behind_it_learn(whole: Checkpoint, shorter: Checkpoint, tmp_path: Path) -> None:
-    step, store, files = settings(train="after_cut"), Store(tmp_path / "store"), tmp_path / "files"
+@pytest.mark.parametrize(("part", "shared"), [("blocks", 0), ("after_cut", 2)])
+def test_only_a_part_learns(whole: Checkpoint, shorter: Checkpoint, tmp_path: Path, part: str, shared: int) -> None:
+    step, store, files = settings(train=part, learning_rate=0.001), Store(tmp_path / "store"), tmp_path / "files"
     files.mkdir()
     record = distill.run(shorter, step, context(whole, step, store), files)
-    assert record.shared_blocks == 2
+    assert record.shared_blocks == shared
     assert record.kl_after < record.kl_before
     before, after = (checkpoints.read_tensors(Path(folder)) for folder in (shorter.path, files))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in before if name.startswith(("model.layers.2.", "model.layers.3."))}
+    learn = tuple(f"model.layers.{number}." for number in range(shared, 4))
+    assert changed == {name for name in before if name.startswith(learn)}
 
 
 def test_a_shared_pass_gives_what_two_give(
@@ -669,6 +671,8 @@ def test_after_a_cut_first_blocks_must_be_the_bases() -> None:
         check_order([Prune(ffn=0.5, text="any"), after])
     with pytest.raises(ValueError, match="and the distill before it trains all of them: leave `train` out"):
         check_order([cut, settings(), after])
+    with pytest.raises(ValueError, match="and the distill before it trains all of them: leave `train` out"):
+        check_order([cut, settings(train="blocks"), after])
 
 
 def test_the_windows_drawn_last_come_first() -> None:

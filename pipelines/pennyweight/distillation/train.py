@@ -66,8 +66,7 @@ class Work:
     seed: int = 0
     """Of what is drawn as it trains."""
     shared: int = 0
-    """The student's first blocks that are the teacher's, and do not learn; nor do embedding, last norm and head. 0:
-    everything learns."""
+    """The student's first blocks that are the teacher's, and do not learn."""
 
     def dump(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -182,7 +181,7 @@ class Training(ABC):
         self._chosen = self._positions()
         student = AutoModelForCausalLM.from_pretrained(work.student, dtype=torch.float32).eval()
         s = self._settings
-        if work.shared:
+        if s.train != "all":
             freeze(student, work.shared)
         pupil = Pupil(student, Objective(s.loss, s.beta, s.temperature, s.ce), s.hidden, product, work.shared)
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]

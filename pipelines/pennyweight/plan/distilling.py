@@ -46,7 +46,8 @@ def estimate_distill(job: Job, student: ModelShape, variant: str, index: int) ->
         logits = TRL_POSITION_BYTES[job.device] * positions
         # What it has written so far, of all that a step learns from.
         activations = max(activations, step.step_tokens * student.kv_bytes(4))
-    learnt = student.parameters - (trunk + math.prod(student.head) if trunk else 0)
+    outside = 0 if step.train == "all" else math.prod(student.head) * (1 if student.tied else 2)
+    learnt = student.parameters - trunk - outside
     kept = 4 + (2 if dtype != "float32" else 0)
     learning = kept * student.parameters + (LEARNING_BYTES - 4) * learnt
     working = 4 * student.parameters + (STATE_BYTES - 4) * learnt + 2 * weights
@@ -99,7 +100,7 @@ def _block(shape: ModelShape) -> int:
 
 def _shared_blocks(before: list[Step], step: Distill, layers: int) -> int:
     """First blocks of the base that will not learn. Those that a search will take out are taken to begin half-way."""
-    if step.train == "all":
+    if step.train != "after_cut":
         return 0
     shared = layers - 1
     for other in before:
@@ -120,8 +121,8 @@ def _step_seconds(job: Job, student: ModelShape, step: Distill, trunk: int) -> t
     dtype = job.compute_dtype(job.shape, "transformers", False)
     asks = step.teacher == "live" and step.ce < 1
     operations = 6 * student.product_weights + (2 * job.shape.product_weights if asks else 0)
-    if trunk:
-        operations -= (6 if asks and not step.on_policy else 4) * trunk + 2 * math.prod(student.head)
+    operations -= (6 if asks and not step.on_policy else 4) * trunk
+    operations -= 0 if step.train == "all" else 2 * math.prod(student.head)
     learning = operations * step.step_tokens / (rate(job, dtype) * DISTILLING_EFFICIENCY[dtype])
     if step.on_policy is None:
         return learning, 0.0

@@ -212,10 +212,10 @@ class Distill(_Training):
     all variants that learn on the same windows."""
     accumulate: int = Field(1, ge=1)
     """Batches in a step of the optimizer."""
-    train: Literal["all", "after_cut"] = "all"
-    """Which weights learn. after_cut: those of the blocks from the first one on that is not the base's own. What comes
-    before stays, and so does the head. A live teacher's pass through the former serves for the student's too, so there
-    are more steps in the same time."""
+    train: Literal["all", "blocks", "after_cut"] = "all"
+    """Which weights learn. blocks: those of all blocks; embeddings, last norm and head stay. after_cut: of these, the
+    blocks from the first one on that is not the base's own. A live teacher's pass through those before serves for the
+    student's too. With either there are more steps in the same time."""
     learning_rate: float = Field(0.0002, gt=0, lt=1)
     """Of AdamW, after a warm-up and before a cosine."""
     warm_up: float = Field(0.05, ge=0, lt=1)

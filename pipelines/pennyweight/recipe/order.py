@@ -36,13 +36,13 @@ def _misplaced(step: Any, before: list[str]) -> str | None:
 
 def _without_trunk(step: Any, before: list[Any]) -> str | None:
     """Why a step that trains what comes after a cut cannot follow the steps `before`."""
-    if step.kind != "distill" or step.train == "all":
+    if step.kind != "distill" or step.train != "after_cut":
         return None
     for other in before:
         if other.kind == "from":
             return "keeps blocks that are the base's own, and `from` starts from another model: leave `train` out"
         narrows = other.kind == "prune" and (other.ffn or other.kv_groups)
-        if narrows or (other.kind == "distill" and other.train == "all"):
+        if narrows or (other.kind == "distill" and other.train != "after_cut"):
             does = "makes all of them narrower" if narrows else "trains all of them"
             return f"keeps blocks that are the base's own, and the {other.kind} before it {does}: leave `train` out"
     return None

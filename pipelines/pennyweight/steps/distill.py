@@ -114,7 +114,7 @@ def _train(
         if context.answers is None:
             raise StageError("distill: `answers` needs data with answers", "remove `answers`")
         np.save(workspace / "answers.npy", context.answers)
-    shared = 0 if step.train == "all" else _shared(Path(context.teacher.path), start)
+    shared = _shared(Path(context.teacher.path), start) if step.train == "after_cut" else 0
     work = Work(
         teacher=context.teacher,
         student=str(start),
