@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
@@ -16,16 +18,35 @@ import psutil
 from pennyweight import machine
 from pennyweight.errors import StageError
 
+#: Seconds for which a list of child processes serves.
+LISTED_SECONDS = 1.0
+
 
 def resident_bytes() -> int:
     """Resident memory of this process and its children. Pages that they share count once for each of them."""
-    process, total = psutil.Process(), 0
-    for each in (process, *process.children(recursive=True)):
-        try:
-            total += each.memory_info().rss
-        except psutil.Error:
-            continue  # it ended between being listed and being asked
-    return total
+    return _Family().resident_bytes()
+
+
+class _Family:
+    """This process and its children. To list them, every process of the machine is read, so a list serves a while."""
+
+    def __init__(self) -> None:
+        self._members: list[psutil.Process] = []
+        self._listed = -math.inf
+
+    def resident_bytes(self) -> int:
+        now = time.monotonic()
+        if now - self._listed >= LISTED_SECONDS:
+            process = psutil.Process()
+            self._members, self._listed = [process, *process.children(recursive=True)], now
+        return sum(map(_resident_bytes_of, self._members))
+
+
+def _resident_bytes_of(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.Error:
+        return 0  # it ended after it was listed
 
 
 def device_bytes() -> int:
@@ -37,17 +58,18 @@ def device_bytes() -> int:
 
 
 class PeakMemory:
-    """The most memory in use while the block runs, sampled every `interval` seconds: as `used` counts it.
+    """The most memory in use while the block runs, sampled every `interval` seconds: as `used` counts
+    it, by default that of this process and its children.
 
     >>> with PeakMemory() as memory:
     ...     work()
     >>> memory.peak_bytes, memory.start_bytes, memory.end_bytes
     """
 
-    def __init__(self, interval: float = 0.05, used: Callable[[], int] = resident_bytes):
+    def __init__(self, interval: float = 0.05, used: Callable[[], int] | None = None):
         self.interval = interval
         self.start_bytes = self.end_bytes = self.peak_bytes = 0
-        self._used = used
+        self._used = used or _Family().resident_bytes
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
 

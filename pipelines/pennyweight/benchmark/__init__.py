@@ -166,7 +166,7 @@ class _Sessions:
             yield self._get(name)
             return
         memory.release_memory()
-        used = memory.device_bytes if self._device == "cuda" else memory.resident_bytes
+        used = memory.device_bytes if self._device == "cuda" else None
         with memory.PeakMemory(used=used) as watched_memory:
             yield self._get(name)
             memory.release_memory()  # what the C library keeps of passing memory is held by nobody
