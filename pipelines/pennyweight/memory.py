@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 import psutil
 
@@ -58,22 +60,32 @@ def device_bytes() -> int:
 
 
 class PeakMemory:
-    """The most memory in use while the block runs, sampled every `interval` seconds: as `used` counts
-    it, by default that of this process and its children.
+    """The most memory in use while the block runs: as `used` counts it, by default that of this process and its
+    children.
+
+    It is sampled every `interval` seconds. Of this process the kernel keeps the peak as well, where it lets it be
+    reset: a library that holds the interpreter's lock for seconds keeps samples from being taken.
 
     >>> with PeakMemory() as memory:
     ...     work()
     >>> memory.peak_bytes, memory.start_bytes, memory.end_bytes
     """
 
+    _on_mark: ClassVar[list[PeakMemory]] = []
+    """Those that the kernel's peak since its last reset counts for."""
+
     def __init__(self, interval: float = 0.05, used: Callable[[], int] | None = None):
         self.interval = interval
         self.start_bytes = self.end_bytes = self.peak_bytes = 0
         self._used = used or _Family().resident_bytes
+        self._of_process = used is None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
 
     def __enter__(self) -> PeakMemory:
+        self._read_mark()
+        if self._of_process and _reset_mark():
+            self._on_mark.append(self)
         self.start_bytes = self._sample()
         self._thread.start()
         return self
@@ -83,6 +95,9 @@ class PeakMemory:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        self._read_mark()
+        if self in self._on_mark:
+            self._on_mark.remove(self)
         self.end_bytes = self._sample()
 
     def _watch(self) -> None:
@@ -93,6 +108,29 @@ class PeakMemory:
         used = self._used()
         self.peak_bytes = max(self.peak_bytes, used)
         return used
+
+    @classmethod
+    def _read_mark(cls) -> None:
+        """Note the kernel's peak for all that it counts for: those that go on would lose it by a reset."""
+        peak = _mark() if cls._on_mark else 0
+        for watching in cls._on_mark:
+            watching.peak_bytes = max(watching.peak_bytes, peak)
+
+
+def _reset_mark() -> bool:
+    """Let the kernel's peak of this process begin anew (https://man7.org/linux/man-pages/man5/proc_pid_clear_refs.5.html);
+    whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _mark() -> int:
+    """The most resident memory of this process since then, in bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 def release_memory() -> None:

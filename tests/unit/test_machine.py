@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -183,6 +184,21 @@ def test_peak_memory_sees_a_passing_allocation() -> None:
     assert memory.peak_bytes - before.peak_bytes > 190 << 20
     assert memory.peak_bytes - memory.start_bytes > 190 << 20
     assert memory.end_bytes - memory.start_bytes < 20 << 20
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no kernel that keeps a peak")
+def test_peaks_are_seen_where_no_sample_is_taken() -> None:
+    with PeakMemory(interval=60) as whole:
+        block = b"x" * (200 << 20)
+        del block
+        with PeakMemory(interval=60) as part:
+            block = b"x" * (100 << 20)
+            del block
+        with PeakMemory(interval=60) as calm:
+            pass
+    assert 190 << 20 < whole.peak_bytes - whole.start_bytes < 220 << 20
+    assert 90 << 20 < part.peak_bytes - part.start_bytes < 120 << 20
+    assert calm.peak_bytes - calm.start_bytes < 20 << 20
 
 
 #: In a process of its own: memory that other tests freed would serve a part of the block, and hide it.
