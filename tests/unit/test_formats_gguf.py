@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from pennyweight.errors import StageError
 from pennyweight.formats.gguf import architecture, blocks, engines, vocabulary
+from pennyweight.formats.gguf.header import read_header
 from pennyweight.quantization.grid import QuantizedLinear
 
 HALF = 2.0**-11  # of a float16's last place, relative
@@ -168,6 +169,50 @@ def written(folder: Path, tensors: dict[str, tuple[str, np.ndarray]], **metadata
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def test_a_header_is_what_ggufs_own_reader_finds(tmp_path: Path) -> None:
+    file = tmp_path / "all.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    for add, value in (
+        (writer.add_uint8, 7), (writer.add_int8, -7), (writer.add_uint16, 700), (writer.add_int16, -700),
+        (writer.add_uint32, 70_000), (writer.add_int32, -70_000), (writer.add_uint64, 2**40),
+        (writer.add_int64, -(2**40)), (writer.add_float32, 0.5), (writer.add_float64, 0.25), (writer.add_bool, True), (writer.add_string, "naïve"),
+    ):  # fmt: skip
+        add(add.__name__, value)
+    arrays = {"words": ["a", "naïve", ""], "numbers": [1, 2, 3, 4], "halves": [0.5, 1.5], "pairs": [["a", "b"], ["c"]]}
+    for key, values in arrays.items():
+        writer.add_array(key, values)
+    writer.add_custom_alignment(64)
+    data = {"Q8_0": np.zeros((3, 68), np.uint8), "F16": np.zeros((5, 7), np.float16), "F32": np.ones(3, np.float32)}
+    for kind, values in data.items():
+        writer.add_tensor(kind.lower(), values, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found, expected = read_header(file), gguf.GGUFReader(file)
+    fields = {key: field.contents() for key, field in expected.fields.items() if not key.startswith("GGUF.")}
+    lengths = {key: len(values) for key, values in arrays.items()}
+    assert found.fields == fields | lengths
+    assert [(t.name, t.type, t.elements, t.bytes, t.offset) for t in found.tensors] == [
+        (t.name, t.tensor_type.name, t.n_elements, t.n_bytes, t.data_offset) for t in expected.tensors
+    ]
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+    whole = written(tmp_path, {"a": ("F32", np.ones(4, np.float32))}).read_bytes()
+    broken = tmp_path / "broken.gguf"
+    for content, says in (
+        (b"", "is no GGUF file"),
+        (b"PK" + whole, "is no GGUF file"),
+        (whole[:4] + whole[7:3:-1] + whole[8:], "another byte order"),
+        (whole[:60], "ends within its header"),
+        (whole[:16] + b"\xff" * 8 + whole[24:], "broken"),
+    ):
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match=says):
+            read_header(broken)
 
 
 def test_a_file_of_others_that_openvino_would_misread_is_told(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pennyweight import machine
 from pennyweight.errors import StageError
 from pennyweight.formats import gguf
+from pennyweight.formats.gguf.header import read_header
 from pennyweight.records import Candidate, Checkpoint
 from pennyweight.runtimes import (
     GREEDY,
@@ -72,29 +73,23 @@ def export(checkpoint: Checkpoint, device: str, files: Path) -> None:
 
 def sizes(files: Path) -> tuple[int, int]:
     """Bytes of the file, and of the tensors in it."""
-    from gguf import GGUFReader
-
     file = _file(files)
-    return file.stat().st_size, sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
+    return file.stat().st_size, sum(tensor.bytes for tensor in read_header(file).tensors)
 
 
 def quantized_tensors(files: Path) -> int:
-    from gguf import GGUFReader
-
-    return sum(tensor.tensor_type.name.startswith("Q") for tensor in GGUFReader(files / MODEL).tensors)
+    return sum(tensor.type.startswith("Q") for tensor in read_header(files / MODEL).tensors)
 
 
 def streamed_bytes(candidate: Candidate, shape: ModelShape) -> int:
     """All tensors but an embedding that is not the head too; what is wider than activations is narrowed when loaded."""
-    from gguf import GGUFReader
-
     from pennyweight.plan.sizes import ITEMSIZE
 
-    tensors = {tensor.name: tensor for tensor in GGUFReader(_file(Path(candidate.path))).tensors}
+    tensors = {tensor.name: tensor for tensor in read_header(_file(Path(candidate.path))).tensors}
     if "output.weight" in tensors:
         del tensors["token_embd.weight"]
     itemsize = ITEMSIZE[candidate.dtype]
-    return sum(min(int(tensor.n_bytes), int(tensor.n_elements) * itemsize) for tensor in tensors.values())
+    return sum(min(tensor.bytes, tensor.elements * itemsize) for tensor in tensors.values())
 
 
 @dataclass(frozen=True)
@@ -113,23 +108,19 @@ class Settings:
 
 
 def limits(candidate: Candidate) -> Limits:
-    from gguf import GGUFReader
-
     from pennyweight.plan.sizes import ITEMSIZE
 
-    reader = GGUFReader(_file(Path(candidate.path)))
-    architecture = reader.fields["general.architecture"].contents()
+    fields = read_header(_file(Path(candidate.path))).fields
 
     def number(name: str) -> int | None:
-        field = reader.fields.get(f"{architecture}.{name}")
-        return int(field.contents()) if field else None
+        return fields.get(f"{fields['general.architecture']}.{name}")
 
     heads = number("attention.head_count") or 1
     head_size = number("attention.key_length") or (number("embedding_length") or 0) // heads
     cached_heads = (number("block_count") or 0) * (number("attention.head_count_kv") or heads)
     return Limits(
         context=number("context_length"),
-        vocabulary=len(reader.fields["tokenizer.ggml.tokens"].data),
+        vocabulary=fields["tokenizer.ggml.tokens"],
         token_bytes=2 * cached_heads * head_size * ITEMSIZE[computed_dtype()],
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pennyweight.formats.gguf.header import read_header
 from pennyweight.formats.gguf.vocabulary import PIECES
 
 OPENVINO = "OpenVINO GenAI"
@@ -47,24 +48,20 @@ def notes(split: str) -> list[str]:
 def openvino_misreads(file: Path) -> tuple[str | None, list[str]]:
     """Why OpenVINO GenAI must not load a file that others may have written, None where nothing is known against it; and
     the types of its tensors that nobody has tried."""
-    from gguf import GGUFReader
+    import numpy as np
 
-    reader = GGUFReader(file)
-
-    def value(name: str) -> Any:
-        field = reader.fields.get(name)
-        return field.contents() if field else None
-
+    header = read_header(file)
+    value = header.fields.get
     architecture = value("general.architecture")
-    types = {tensor.tensor_type.name for tensor in reader.tensors}
+    types = {tensor.type for tensor in header.tensors}
     scaled = value(f"{architecture}.rope.scaling.type") not in (None, "none")
-    scaled |= any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    scaled |= any(tensor.name == "rope_freqs.weight" for tensor in header.tensors)
     split = PIECES if value("tokenizer.ggml.model") == "llama" else value("tokenizer.ggml.pre")
     reason = unfit(architecture, types, split, scaled).get(OPENVINO)
     fractional = [
         tensor.name
-        for tensor in reader.tensors
-        if tensor.tensor_type.name == "Q4_1" and not _has_whole_zeros(tensor.data)
+        for tensor in header.tensors
+        if tensor.type == "Q4_1" and not _has_whole_zeros(np.memmap(file, np.uint8, "r", tensor.offset, tensor.bytes))
     ]
     if reason is None and fractional:
         reason = f"it rounds the offsets of Q4_1 to whole steps, which those of {fractional[0]} are not"
