@@ -177,7 +177,8 @@ def test_a_header_is_what_ggufs_own_reader_finds(tmp_path: Path) -> None:
     for add, value in (
         (writer.add_uint8, 7), (writer.add_int8, -7), (writer.add_uint16, 700), (writer.add_int16, -700),
         (writer.add_uint32, 70_000), (writer.add_int32, -70_000), (writer.add_uint64, 2**40),
-        (writer.add_int64, -(2**40)), (writer.add_float32, 0.5), (writer.add_float64, 0.25), (writer.add_bool, True), (writer.add_string, "naïve"),
+        (writer.add_int64, -(2**40)), (writer.add_float32, 0.5), (writer.add_float64, 0.25), (writer.add_bool, True),
+        (writer.add_string, "naïve"),
     ):  # fmt: skip
         add(add.__name__, value)
     arrays = {"words": ["a", "naïve", ""], "numbers": [1, 2, 3, 4], "halves": [0.5, 1.5], "pairs": [["a", "b"], ["c"]]}
