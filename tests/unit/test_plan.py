@@ -640,6 +640,27 @@ def test_benchmark_time_is_the_sum_of_waves(calm: Store, monkeypatch: pytest.Mon
     )
 
 
+def test_each_load_makes_a_graph(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to compare and one to benchmark; to evaluate one, or two where text is generated as well."""
+    steps = {"int8": [{"quantize": {"scheme": "w8a16", "group_size": 32}}]}
+    text = {"text": "wiki", "prompts": 2, "input_tokens": 8, "output_tokens": 8}
+    names = {"export": "int8@openvino", "evaluate": "int8@openvino", "benchmark": "all candidates"}
+
+    def seconds(generation: dict[str, Any] | None) -> dict[str, float]:
+        runtimes = {"base": ["transformers"], "variants": ["openvino"]}
+        suite = {"name": "tiny", "tasks": [], "generation": generation}
+        suite |= {"divergence": {"text": "news", "windows": 2, "length": 32}}
+        made = make_plan(recipe(steps, runtimes=runtimes, evaluate=suite), calm)
+        return {stage: made.expected_seconds(stage, name) for stage, name in names.items()}
+
+    for generation, graphs in ((None, 1), (text, 2)):
+        monkeypatch.setattr(plan.job, "GRAPH_SECONDS", {})
+        before = seconds(generation)
+        monkeypatch.setattr(plan.job, "GRAPH_SECONDS", {"openvino": 100.0})
+        grown = {stage: value - before[stage] for stage, value in seconds(generation).items()}
+        assert grown == pytest.approx({"export": 100, "evaluate": 100 * graphs, "benchmark": 100})
+
+
 def test_candidates_that_do_not_fit_together_are_loaded_in_turn(calm: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     together = make_plan(recipe(), calm).stages[-2]
     monkeypatch.setattr(machine, "free_memory", lambda device: 10**6)

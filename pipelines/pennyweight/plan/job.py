@@ -10,6 +10,7 @@ from pennyweight.plan.constants import (
     COMPARE_SECONDS_PER_LOGIT,
     COPIES,
     EFFICIENCY,
+    GRAPH_SECONDS,
     IMPORT_SECONDS,
     QUESTION_TOKENS,
     SECONDS_PER_GB,
@@ -177,6 +178,11 @@ def _streamed_bytes(job: Job, shape: ModelShape, runtime: str, step: Quantize | 
     itemsize = 4 if runtime == "onnxruntime" and job.device == "cpu" else ITEMSIZE[shape.dtype]
     separate = not shape.tied or (step is not None and step.head != "none")
     return weights - (math.prod(shape.head) * itemsize if separate else 0)
+
+
+def load_seconds(runtime: str, size: int, graphs: int = 1) -> float:
+    """Time until a runtime has loaded a candidate of `size` bytes in memory, and made that many graphs of it."""
+    return per_gb("load", size) + graphs * GRAPH_SECONDS.get(runtime, 0.0)
 
 
 def candidate_bytes(job: Job, variant: str, runtime: str) -> int:

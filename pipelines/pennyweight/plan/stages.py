@@ -31,6 +31,7 @@ from pennyweight.plan.job import (
     divergence_tokens,
     exported_bytes,
     generation_seconds,
+    load_seconds,
     per_gb,
     rate,
     rounds_its_start,
@@ -192,7 +193,7 @@ def _exports(job: Job) -> Iterator[StageEstimate]:
         ]
         seconds = None
         if None not in scoring:
-            building = per_gb("export", source + weights) + per_gb("load", source + weights)
+            building = per_gb("export", source + weights) + per_gb("load", source) + load_seconds(runtime, weights)
             building += per_gb("repack", source + weights) if step else 0.0
             building += BUILDER_SECONDS if runtime == "onnxruntime" else 0.0
             seconds = job.imports("transformers", runtime) + building + sum(scoring)
@@ -251,7 +252,8 @@ def _evaluations(job: Job) -> Iterator[StageEstimate]:
                 score_seconds(job, shape, runtime, dtype, tokens, batch),
                 generation_seconds(job, shape, runtime, step),
             )
-            loading = _suite_imports(job, runtime) + per_gb("load", weights)
+            graphs = 2 if job.recipe.evaluate.generation else 1
+            loading = _suite_imports(job, runtime) + load_seconds(runtime, weights, graphs)
             seconds = None if None in (seconds, scoring, generating) else seconds + scoring + generating + loading
             widest = shape.head[0] + ACTIVATION_COPIES * shape.intermediate
             peak += weights + batch * widest * ITEMSIZE.get(dtype, 4)
@@ -289,7 +291,8 @@ def _benchmark(job: Job) -> StageEstimate:
     loaded = [job.loaded_bytes(shapes[variant], runtime, step_of(job.recipe, variant)) for variant, runtime in names]
     turns = sum(1 + rounds_at(spec, concurrency) for concurrency in spec.concurrency)
     resident = _stay_loaded(job, names)
-    loading = per_gb("load", sum(loaded) * (1 if resident else turns)) + 2 * CEILING_SECONDS
+    once = sum(load_seconds(runtime, size) for (_, runtime), size in zip(names, loaded))
+    loading = once * (1 if resident else turns) + 2 * CEILING_SECONDS
     cache = 2 * requests * (load.input_tokens + load.output_tokens) * max(s.kv_bytes(4) for s in shapes.values())
     logits = 4 * requests * load.input_tokens * shapes["base"].head[0]  # onnxruntime computes all of a prompt's
     return StageEstimate(
@@ -311,7 +314,8 @@ def _levers(job: Job) -> StageEstimate:
     waves = [wave_seconds(job, *model, spec.decide_at, load.input_tokens, load.output_tokens) for model in models]
     loaded = [job.loaded_bytes(*model) for model in models]
     turns = 2 * (1 + spec.decide_rounds)
-    seconds = None if None in waves else len(spec.levers) * (turns * max(waves) + per_gb("load", 2 * max(loaded)))
+    loading = 2 * max(load_seconds(runtime, size) for (_, runtime), size in zip(names, loaded))
+    seconds = None if None in waves else len(spec.levers) * (turns * max(waves) + loading)
     return StageEstimate(
         stage="levers", subject=subject, seconds=seconds, disk_bytes=0,
         peak_memory_bytes=BASELINE_BYTES["levers"] + 3 * max(loaded),
