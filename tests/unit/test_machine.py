@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pennyweight import machine, speed
+from pennyweight import machine, memory, speed
 from pennyweight.errors import StageError, UsageError
 from pennyweight.memory import PeakMemory, out_of_memory_of
 from pennyweight.records import Measured
@@ -186,7 +185,7 @@ def test_peak_memory_sees_a_passing_allocation() -> None:
     assert memory.end_bytes - memory.start_bytes < 20 << 20
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no kernel that keeps a peak")
+@pytest.mark.skipif(not memory._reset_mark(), reason="no kernel that keeps a peak")
 def test_peaks_are_seen_where_no_sample_is_taken() -> None:
     with PeakMemory(interval=60) as whole:
         block = b"x" * (200 << 20)
