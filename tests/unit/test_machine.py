@@ -6,14 +6,14 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pennyweight import machine, memory, speed
 from pennyweight.errors import StageError, UsageError
-from pennyweight.memory import PeakMemory, out_of_memory_of
+from pennyweight.memory import out_of_memory_of
 from pennyweight.records import Measured
 
 XEON = """\
@@ -173,34 +173,52 @@ def test_resolve_device(monkeypatch: pytest.MonkeyPatch, asked: str, gpus: list,
     assert machine.resolve_device(asked) == device
 
 
+def alone(code: str) -> Any:
+    """What a process of its own prints: memory that other tests freed would serve what is asked for here, and hide
+    it."""
+    return json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
+
+
+SAMPLED = """
+import json, time
+from pennyweight.memory import PeakMemory
+with PeakMemory(interval=0.01) as memory:
+    block = b"x" * (200 << 20)
+    time.sleep(0.1)
+    del block
+print(json.dumps([memory.peak_bytes - memory.start_bytes, memory.end_bytes - memory.start_bytes]))
+"""
+
+
 def test_peak_memory_sees_a_passing_allocation() -> None:
-    with PeakMemory(interval=0.01) as before:
-        time.sleep(0.03)
-    with PeakMemory(interval=0.01) as memory:
-        block = b"x" * (200 << 20)
-        time.sleep(0.1)
+    peak, end = alone(SAMPLED)
+    assert 190 << 20 < peak < 220 << 20
+    assert end < 20 << 20
+
+
+UNSAMPLED = """
+import json
+from pennyweight.memory import PeakMemory
+with PeakMemory(interval=60) as whole:
+    block = b"x" * (200 << 20)
+    del block
+    with PeakMemory(interval=60) as part:
+        block = b"x" * (100 << 20)
         del block
-    assert memory.peak_bytes - before.peak_bytes > 190 << 20
-    assert memory.peak_bytes - memory.start_bytes > 190 << 20
-    assert memory.end_bytes - memory.start_bytes < 20 << 20
+    with PeakMemory(interval=60) as calm:
+        pass
+print(json.dumps([memory.peak_bytes - memory.start_bytes for memory in (whole, part, calm)]))
+"""
 
 
 @pytest.mark.skipif(not memory._reset_mark(), reason="no kernel that keeps a peak")
 def test_peaks_are_seen_where_no_sample_is_taken() -> None:
-    with PeakMemory(interval=60) as whole:
-        block = b"x" * (200 << 20)
-        del block
-        with PeakMemory(interval=60) as part:
-            block = b"x" * (100 << 20)
-            del block
-        with PeakMemory(interval=60) as calm:
-            pass
-    assert 190 << 20 < whole.peak_bytes - whole.start_bytes < 220 << 20
-    assert 90 << 20 < part.peak_bytes - part.start_bytes < 120 << 20
-    assert calm.peak_bytes - calm.start_bytes < 20 << 20
+    whole, part, calm = alone(UNSAMPLED)
+    assert 190 << 20 < whole < 220 << 20
+    assert 90 << 20 < part < 120 << 20
+    assert calm < 20 << 20
 
 
-#: In a process of its own: memory that other tests freed would serve a part of the block, and hide it.
 KEPT = """
 import json
 from contextlib import nullcontext
@@ -220,8 +238,7 @@ print(json.dumps(left))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides for itself")
 def test_freed_memory_is_kept_while_it_is_asked_for_again() -> None:
-    output = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True).stdout
-    reused, released, usual, at_last = json.loads(output)
+    reused, released, usual, at_last = alone(KEPT)
     assert reused > 90 << 20
     assert max(released, usual, at_last) < 50 << 20
 
