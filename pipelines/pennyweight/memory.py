@@ -24,13 +24,9 @@ from pennyweight.errors import StageError
 LISTED_SECONDS = 1.0
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process and its children. Pages that they share count once for each of them."""
-    return _Family().resident_bytes()
-
-
 class _Family:
-    """This process and its children. To list them, every process of the machine is read, so a list serves a while."""
+    """This process and its children. Pages that they share count once for each of them. To list them, every process of
+    the machine is read, so a list serves a while."""
 
     def __init__(self) -> None:
         self._members: list[psutil.Process] = []

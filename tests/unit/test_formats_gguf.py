@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -203,13 +204,15 @@ def test_a_header_is_what_ggufs_own_reader_finds(tmp_path: Path) -> None:
 
 def test_what_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
     whole = written(tmp_path, {"a": ("F32", np.ones(4, np.float32))}).read_bytes()
-    broken = tmp_path / "broken.gguf"
+    broken, nested = tmp_path / "broken.gguf", struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
     for content, says in (
         (b"", "is no GGUF file"),
         (b"PK" + whole, "is no GGUF file"),
         (whole[:4] + whole[7:3:-1] + whole[8:], "another byte order"),
         (whole[:60], "ends within its header"),
         (whole[:16] + b"\xff" * 8 + whole[24:], "broken"),
+        (whole[:-32], "ends before the data of a do"),
+        (whole[:16] + (1).to_bytes(8, "little") + bytes(8) + nested, "arrays within arrays without end"),
     ):
         broken.write_bytes(content)
         with pytest.raises(ValueError, match=says):

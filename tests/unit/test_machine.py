@@ -223,15 +223,17 @@ KEPT = """
 import json
 from contextlib import nullcontext
 import numpy as np
-from pennyweight.memory import release_memory, resident_bytes, reused_memory
-start, left = resident_bytes(), []
+import psutil
+from pennyweight.memory import release_memory, reused_memory
+resident = lambda: psutil.Process().memory_info().rss
+start, left = resident(), []
 for kept in (True, False):
     with reused_memory() if kept else nullcontext():
         array = np.ones(100 << 20, np.uint8)
         del array
-        left.append(resident_bytes() - start)
+        left.append(resident() - start)
     release_memory()
-    left.append(resident_bytes() - start)
+    left.append(resident() - start)
 print(json.dumps(left))
 """
 

@@ -37,16 +37,23 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Raises ValueError where it is no GGUF file of this machine's byte order, or ends too early."""
+    """Raises ValueError where it is no GGUF file of little-endian numbers, or ends too early, within its data too."""
     with file.open("rb") as opened:
         reader = _Reader(opened, file)
-        fields = {reader.string(): reader.value(reader.number("I")) for _ in range(reader.fields)}
+        try:
+            fields = {reader.string(): reader.value(reader.number("I")) for _ in range(reader.fields)}
+        except RecursionError:
+            raise ValueError(f"{file} has arrays within arrays without end") from None
         tensors = [reader.tensor() for _ in range(reader.tensors)]
         alignment = fields.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"{file} aligns its data to {alignment!r} bytes")
         data = -(-opened.tell() // alignment) * alignment
-    return Header(fields, [_placed(*tensor, data) for tensor in tensors])
+    placed = [_placed(*tensor, data) for tensor in tensors]
+    size = file.stat().st_size
+    if cut := next((tensor for tensor in placed if tensor.offset + tensor.bytes > size), None):
+        raise ValueError(f"{file} ends before the data of {cut.name} do")
+    return Header(fields, placed)
 
 
 def _placed(name: str, kind: int, elements: int, offset: int, data: int) -> Tensor:
